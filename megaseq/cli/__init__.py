@@ -1,0 +1,1 @@
+"""The `megaseq` command; nothing else in the package reads the command line."""

@@ -1,0 +1,1 @@
+"""Registered experiments; every module below is imported by the registry."""

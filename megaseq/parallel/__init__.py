@@ -1,0 +1,1 @@
+"""How models are spread over devices; for now the plain data by which layers declare their sharding."""
