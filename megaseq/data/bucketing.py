@@ -7,6 +7,7 @@ dropped and counted. `max_tokens` is fairseq's limit instead: rows times padded 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from typing import Any, Literal
 
@@ -101,7 +102,7 @@ class Bucketing(Batching):
                 if getattr(self, name) < 1:
                     yield f"{name}: must be at least 1, but is {getattr(self, name)}. Set a positive number."
             bounds, limits = self.bucket_upper_bound, self.bucket_batch_limit
-            if any(bound < 1 for bound in bounds) or any(a >= b for a, b in zip(bounds, bounds[1:], strict=False)):
+            if any(bound < 1 for bound in bounds) or any(a >= b for a, b in itertools.pairwise(bounds)):
                 yield f"bucket_upper_bound: must ascend from at least 1, but is {bounds}. Sort it, drop what is twice."
             if bool(limits) == (self.max_tokens is not None):
                 yield (
@@ -121,8 +122,8 @@ class Bucketing(Batching):
                 for name in ("pad_to_bound", "max_tokens"):
                     if getattr(self, name):
                         yield (
-                            f"{name}: must go with bucket_key max, but is with {self.bucket_key}: the other side may be "
-                            "longer than the bound. Set bucket_key to max."
+                            f"{name}: must go with bucket_key max, but is with {self.bucket_key}: the other side may "
+                            "be longer than the bound. Set bucket_key to max."
                         )
 
     params: Params

@@ -1,9 +1,9 @@
 """The order of examples: a keyed bijection on [0, size) with random access.
 
-A Feistel network permutes the smallest power of two that holds `size`; cycle walking (apply it again until the value is
-inside) makes that a bijection on [0, size) itself. Nothing is stored and nothing is drawn in sequence, so the example at
-any place of any epoch is computed on its own. That is why a checkpoint needs only a few integers to resume exactly.
-Source: Black and Rogaway, "Ciphers with Arbitrary Finite Domains", CT-RSA 2002, methods 2 (cycle walking) and 3 (Feistel).
+A Feistel network permutes the smallest power of two that holds `size`; cycle walking (apply it again until the value
+is inside) makes that a bijection on [0, size) itself. Nothing is stored and nothing is drawn in sequence, so the
+example at any place of any epoch is computed on its own, and a checkpoint needs only a few integers to resume exactly.
+Source: Black and Rogaway, "Ciphers with Arbitrary Finite Domains", CT-RSA 2002: cycle walking, Feistel networks.
 """
 
 from __future__ import annotations

@@ -4,9 +4,9 @@ The packer fills one row at a time from a pool of candidates. A row begins with 
 for ever, and then takes, of those that fit, the one after which the least room is left, in the same proportion, on the
 source and on the target side. When none fits the row is closed.
 
-A window is cut in lanes of about `LANE` examples that are packed independently. That makes no difference to the rows'
-quality (what is in a lane's pool at its end is packed in a further round) and lets NumPy pack all lanes side by side, one
-example of each at a time. The C++ packer gives the same rows (csrc/packing.cc).
+A window is cut in lanes of about `LANE` examples that are packed independently. Rows are as full as without (what is in
+a lane's pool at its end is packed in a further round), and NumPy can pack all lanes side by side, one example of each
+at a time. The C++ packer gives the same rows (csrc/packing.cc).
 """
 
 from __future__ import annotations
@@ -165,7 +165,7 @@ class Packing(Batching):
             lookahead=p.lookahead,
         )
         count = len(packed.offsets) - 1
-        # The rows that a window's last pools gave are unlike the others: shuffled, no stretch of training sees only them.
+        # The rows that a window's last pools gave are unlike the others; shuffled, they come at no particular time.
         order = permute(seed=seed, epoch=epoch, stream=f"rows/{window}", size=count)
         offsets, examples = _reorder(packed, order)
         batches = -(-count // p.rows)
