@@ -1,0 +1,106 @@
+"""Projection to the vocabulary and cross entropy in one op, so that the logits of all tokens need not exist at once."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from megaseq.kernels.checks import check_device, check_floating, check_like, check_shape, fail
+from megaseq.kernels.cross_entropy.chunked import chunked_cross_entropy
+from megaseq.kernels.cross_entropy.reference import reference_cross_entropy
+from megaseq.kernels.cross_entropy.settings import CrossEntropy, LossSums
+from megaseq.kernels.dispatch import choose
+
+__all__ = ["CrossEntropy", "LossSums", "linear_cross_entropy"]
+
+_OP = "linear_cross_entropy"
+
+
+def linear_cross_entropy(
+    hidden: Tensor,
+    *,
+    weight: Tensor,
+    labels: Tensor,
+    weights: Tensor,
+    bias: Tensor | None = None,
+    settings: CrossEntropy | None = None,
+) -> LossSums:
+    """Cross entropy of `softmax(hidden @ weight.T + bias)` against labels, summed over tokens.
+
+    Tokens of weight 0 (padding) cost nothing. The softmax is in fp32; the gradient of `weight` is summed in fp32.
+
+    Args:
+        hidden: [N, D].
+        weight: [V, D], such as the target embedding.
+        labels: integers [N]; those of tokens with weight 0 are not read.
+        weights: [N], how much each token counts; no gradient flows to it.
+        bias: [V].
+        settings: smoothing, z-loss, scale, soft cap, chunk; None: plain cross entropy.
+
+    Returns:
+        Sums, of which only `loss` has a gradient. Divide by the weight of the whole step, not of this call.
+
+    Raises:
+        KernelError: for shapes, dtypes, devices or labels that do not fit, or if `MEGASEQ_KERNELS` asks for an
+            implementation that cannot run here.
+    """
+    settings = CrossEntropy() if settings is None else settings
+    _check(hidden, weight=weight, labels=labels, weights=weights, bias=bias, settings=settings)
+    impossible = {"triton": "its kernels are not part of this version"}
+    chosen = choose("cross_entropy", automatic="chunked", impossible=impossible)
+    if chosen == "reference":
+        kept = weights.nonzero()[:, 0]
+        return reference_cross_entropy(
+            hidden[kept], weight=weight, bias=bias, labels=labels[kept], weights=weights[kept], settings=settings
+        )
+    return chunked_cross_entropy(hidden, weight=weight, bias=bias, labels=labels, weights=weights, settings=settings)
+
+
+def _check(
+    hidden: Tensor, *, weight: Tensor, labels: Tensor, weights: Tensor, bias: Tensor | None, settings: CrossEntropy
+) -> None:
+    """Checks all arguments.
+
+    Raises:
+        KernelError: at the first one that does not fit.
+    """
+    check_floating(hidden, op=_OP, argument="hidden")
+    check_shape(hidden, op=_OP, argument="hidden", shape=(None, None), legend="[N, D]")
+    count, width = hidden.shape
+    check_shape(weight, op=_OP, argument="weight", shape=(None, width), legend="[V, D]")
+    num_classes = weight.shape[0]
+    check_shape(labels, op=_OP, argument="labels", shape=(count,), legend="[N]")
+    check_shape(weights, op=_OP, argument="weights", shape=(count,), legend="[N]")
+    check_device(weight, op=_OP, argument="weight", other=hidden, other_name="hidden")
+    check_device(labels, op=_OP, argument="labels", other=hidden, other_name="hidden")
+    check_device(weights, op=_OP, argument="weights", other=hidden, other_name="hidden")
+    # Autocast leaves hidden states in a lower precision than the weights; the op casts as autocast would.
+    if not torch.is_autocast_enabled(hidden.device.type):
+        check_like(weight, op=_OP, argument="weight", other=hidden, other_name="hidden")
+    if bias is not None:
+        check_shape(bias, op=_OP, argument="bias", shape=(num_classes,), legend="[V]")
+        check_device(bias, op=_OP, argument="bias", other=hidden, other_name="hidden")
+    if labels.dtype is not torch.int64:
+        raise fail("labels", op=_OP, expected="be int64", came=labels.dtype, remedy="Cast labels before the call")
+    if not 0.0 <= settings.label_smoothing < 1.0:
+        raise fail(
+            "label_smoothing",
+            op=_OP,
+            expected="be at least 0 and below 1",
+            came=settings.label_smoothing,
+            remedy="Set it to 0 for none",
+        )
+    if settings.chunk is not None and settings.chunk < 1:
+        raise fail("chunk", op=_OP, expected="be at least 1", came=settings.chunk, remedy="Use None for automatic")
+    # In host memory the look costs nothing; on an accelerator it would wait for the device.
+    if labels.device.type == "cpu" and count:
+        counted = torch.where(weights != 0, labels, labels.new_zeros(()))
+        low, high = int(counted.min()), int(counted.max())
+        if low < 0 or high >= num_classes:
+            raise fail(
+                "labels",
+                op=_OP,
+                expected=f"lie in [0, {num_classes})",
+                came=low if low < 0 else high,
+                remedy="Check that the vocabulary of the data is the model's",
+            )

@@ -1,0 +1,303 @@
+"""Projection and cross entropy a chunk of tokens at a time, the gradient made while the chunk's softmax is in cache.
+
+The full logits [N, V] never exist, and nothing is computed twice: the forward pass turns each chunk's probabilities
+into the gradients of hidden states and weights, up to the one scalar that the backward pass brings.
+
+Terms of the logits' gradient that are the same for all classes or all of one row are not applied to the [chunk, V]
+buffer. With p the softmax, e the smoothing, w a token's weight, y its label and c = w * (1 + 2 * z_loss * lse):
+
+    d loss / d logits = c * p - w * (1 - e) * onehot(y) - w * e / V
+
+c scales a row of the products, and the last term contributes an outer product of sums; both cost O(D) a token.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megaseq.kernels.cross_entropy.settings import CrossEntropy, LossSums
+from megaseq.kernels.functions import apply_many
+
+CHUNK_BYTES = 8 << 20
+"""Size of one chunk's logits in bytes: two such buffers fit the last-level cache of a server core complex."""
+MIN_CHUNK = 64
+"""Below this many rows the matrix products lose speed."""
+
+
+def chunked_cross_entropy(
+    hidden: Tensor, *, weight: Tensor, bias: Tensor | None, labels: Tensor, weights: Tensor, settings: CrossEntropy
+) -> LossSums:
+    """`linear_cross_entropy` by chunks; shapes as there."""
+    return LossSums(*apply_many(_LinearCrossEntropy, hidden, weight, bias, labels, weights, settings))
+
+
+@dataclass
+class _Sums:
+    """Running sums over chunks: scalars of the loss, gradients where they are wanted."""
+
+    scalars: Tensor
+    hidden: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        labels: Tensor,
+        weights: Tensor,
+        settings: CrossEntropy,
+    ) -> tuple[Tensor, ...]:
+        compute = _compute_dtype(hidden)
+        places = weights.nonzero()[:, 0]
+        all_count = places.numel() == weights.numel()
+        rows = hidden if all_count else hidden.index_select(0, places)
+        if not all_count:
+            labels, weights = labels.index_select(0, places), weights.index_select(0, places)
+        sums = _run(
+            rows.to(compute),
+            weight=weight.to(compute),
+            bias=None if bias is None else bias.to(compute),
+            labels=labels,
+            weights=weights,
+            settings=settings,
+            wanted=ctx.needs_input_grad[:3],
+        )
+        ctx.has_places = not all_count
+        ctx.hidden_like = (hidden.shape, hidden.dtype)
+        ctx.dtypes = (weight.dtype, None if bias is None else bias.dtype)
+        ctx.save_for_backward(sums.hidden, sums.weight, sums.bias, places)
+        outputs = tuple(sums.scalars.unbind())
+        ctx.mark_non_differentiable(*outputs[1:])
+        return outputs
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        gradient = gradients[0]
+        of_rows, of_weight, of_bias, places = ctx.saved_tensors
+        shape, dtype = ctx.hidden_like
+        of_hidden = None
+        if of_rows is not None:
+            of_hidden = (of_rows * gradient).to(dtype)
+            if ctx.has_places:
+                of_hidden = of_hidden.new_zeros(shape).index_copy_(0, places, of_hidden)
+        return (
+            of_hidden,
+            None if of_weight is None else (of_weight * gradient).to(ctx.dtypes[0]),
+            None if of_bias is None else (of_bias * gradient).to(ctx.dtypes[1]),
+            None,
+            None,
+            None,
+        )
+
+
+def _run(
+    rows: Tensor,
+    *,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    weights: Tensor,
+    settings: CrossEntropy,
+    wanted: tuple[bool, bool, bool],
+) -> _Sums:
+    """Goes over the chunks of rows [n, D], all of which count."""
+    precise = torch.promote_types(rows.dtype, torch.float32)
+    count, num_classes = rows.shape[0], weight.shape[0]
+    sums = _Sums(
+        scalars=torch.zeros(5, dtype=precise, device=rows.device),
+        hidden=torch.empty(rows.shape, dtype=precise, device=rows.device) if wanted[0] else None,
+        weight=torch.zeros(weight.shape, dtype=precise, device=rows.device) if wanted[1] else None,
+        bias=torch.zeros(num_classes, dtype=precise, device=rows.device) if wanted[2] and bias is not None else None,
+    )
+    chunk = settings.chunk or max(MIN_CHUNK, CHUNK_BYTES // (num_classes * rows.element_size()))
+    # Equal chunks: a short last one would run its matrix products at a lower speed.
+    pieces = max(1, -(-count // chunk))
+    chunk = max(1, -(-count // pieces))
+    summed = _Uniform(weight=weight, bias=bias, settings=settings)
+    logits = rows.new_empty(chunk, num_classes)
+    probabilities = torch.empty(chunk, num_classes, dtype=precise, device=rows.device)
+    for start in range(0, count, chunk):
+        part = slice(start, min(start + chunk, count))
+        size = part.stop - part.start
+        scaled = rows[part] * settings.scale if settings.scale != 1.0 else rows[part]
+        _chunk(
+            scaled,
+            weight=weight,
+            bias=bias,
+            labels=labels[part],
+            weights=weights[part].to(precise),
+            buffers=(logits[:size], probabilities[:size]),
+            uniform=summed,
+            sums=sums,
+            place=part,
+        )
+    if sums.hidden is not None and settings.scale != 1.0:
+        sums.hidden.mul_(settings.scale)
+    summed.finish(sums)
+    return sums
+
+
+class _Uniform:
+    """The part of the smoothed target that is the same for all classes, kept as sums over classes and over tokens."""
+
+    def __init__(self, *, weight: Tensor, bias: Tensor | None, settings: CrossEntropy) -> None:
+        precise = torch.promote_types(weight.dtype, torch.float32)
+        self.settings = settings
+        self.share = settings.label_smoothing / weight.shape[0]
+        # With a soft cap the sum of the logits is not linear in the hidden state; the chunk then does it in full.
+        self.linear = self.share > 0 and settings.soft_cap is None
+        self.class_sum = weight.sum(dim=0, dtype=precise) if self.linear else None
+        self.bias_sum = bias.sum(dtype=precise) if self.linear and bias is not None else None
+        self.token_sum: Tensor | None = None
+        self.token_weight: Tensor | None = None
+
+    def logit_sum(self, rows: Tensor) -> Tensor:
+        """The sum of all classes' logits of each row [n, D]: [n]."""
+        assert self.class_sum is not None
+        total = rows.to(self.class_sum.dtype) @ self.class_sum
+        return total if self.bias_sum is None else total + self.bias_sum
+
+    def count(self, rows: Tensor, *, weights: Tensor) -> None:
+        """Remembers rows [n, D] with weights [n] for `finish`."""
+        token_sum = weights @ rows.to(weights.dtype)
+        self.token_sum = token_sum if self.token_sum is None else self.token_sum + token_sum
+        self.token_weight = weights.sum() if self.token_weight is None else self.token_weight + weights.sum()
+
+    def finish(self, sums: _Sums) -> None:
+        """Adds this part of the gradient of weight and bias."""
+        if not self.linear or self.token_sum is None or self.token_weight is None:
+            return
+        if sums.weight is not None:
+            sums.weight.sub_(self.share * self.token_sum)
+        if sums.bias is not None:
+            sums.bias.sub_(self.share * self.token_weight)
+
+
+def _chunk(
+    rows: Tensor,
+    *,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    weights: Tensor,
+    buffers: tuple[Tensor, Tensor],
+    uniform: _Uniform,
+    sums: _Sums,
+    place: slice,
+) -> None:
+    """One chunk: adds its share to `sums`. `rows` [n, D] are already scaled; `buffers` are two of [n, V]."""
+    settings = uniform.settings
+    logits, probabilities = buffers
+    if bias is None:
+        torch.mm(rows, weight.t(), out=logits)
+    else:
+        torch.addmm(bias, rows, weight.t(), out=logits)
+    if settings.soft_cap is not None:
+        logits.div_(settings.soft_cap).tanh_().mul_(settings.soft_cap)
+    precise = probabilities.dtype
+    torch.softmax(logits, dim=-1, dtype=precise, out=probabilities)
+    top = logits.amax(dim=-1).to(precise)
+    # The highest probability is at least 1 / V, so its logarithm is exact where that of the label's could underflow.
+    normaliser = top - probabilities.amax(dim=-1).log_()
+    column = labels[:, None]
+    of_label = logits.gather(1, column)[:, 0].to(precise)
+    nll = normaliser - of_label
+    smoothing = settings.label_smoothing
+    loss = nll
+    if smoothing > 0:
+        total = uniform.logit_sum(rows) if uniform.linear else logits.sum(dim=-1, dtype=precise)
+        loss = (1 - smoothing) * nll + smoothing * (normaliser - total / weight.shape[0])
+    z_loss = settings.z_loss * normaliser.square()
+    parts = torch.stack((loss + z_loss, nll, (of_label >= top).to(precise), z_loss, torch.ones_like(nll)))
+    sums.scalars += parts @ weights
+    if sums.hidden is None and sums.weight is None and sums.bias is None:
+        return
+    row_factor = _logits_gradient(
+        logits, probabilities=probabilities, column=column, weights=weights, lse=normaliser, uniform=uniform
+    )
+    _products(
+        rows,
+        weight=weight,
+        gradient=probabilities,
+        row_factor=row_factor,
+        weights=weights,
+        uniform=uniform,
+        sums=sums,
+        place=place,
+    )
+
+
+def _logits_gradient(
+    logits: Tensor, *, probabilities: Tensor, column: Tensor, weights: Tensor, lse: Tensor, uniform: _Uniform
+) -> Tensor | None:
+    """Turns probabilities [n, V] into the logits' gradient, in place, but for the terms that `_products` adds.
+
+    Returns:
+        A factor of each row that is still to be applied, [n], or None.
+    """
+    settings = uniform.settings
+    on_label = 1 - settings.label_smoothing
+    if settings.z_loss == 0 and settings.soft_cap is None:
+        probabilities.scatter_add_(1, column, probabilities.new_full((1, 1), -on_label).expand(column.shape))
+        return weights
+    probabilities.mul_((weights * (1 + 2 * settings.z_loss * lse))[:, None])
+    probabilities.scatter_add_(1, column, (-on_label * weights)[:, None])
+    if settings.soft_cap is not None:
+        if settings.label_smoothing > 0:
+            probabilities.sub_((uniform.share * weights)[:, None])
+        probabilities.mul_(1 - (logits.to(probabilities.dtype) / settings.soft_cap).square_())
+    return None
+
+
+def _products(
+    rows: Tensor,
+    *,
+    weight: Tensor,
+    gradient: Tensor,
+    row_factor: Tensor | None,
+    weights: Tensor,
+    uniform: _Uniform,
+    sums: _Sums,
+    place: slice,
+) -> None:
+    """Adds the products of the logits' gradient [n, V] with weights and rows to `sums`."""
+    precise = gradient.dtype
+    cast = gradient.to(weight.dtype)
+    if sums.hidden is not None:
+        out = sums.hidden[place]
+        if weight.dtype is precise:
+            torch.mm(cast, weight, out=out)
+        else:
+            out.copy_(cast @ weight)
+        if row_factor is not None:
+            out.mul_(row_factor[:, None])
+        if uniform.linear and uniform.class_sum is not None:
+            out.addr_(weights, uniform.class_sum, alpha=-uniform.share)
+    if sums.weight is not None:
+        weighted = rows if row_factor is None else rows * row_factor[:, None].to(rows.dtype)
+        if weight.dtype is precise:
+            sums.weight.addmm_(cast.t(), weighted)
+        else:
+            sums.weight.add_(cast.t() @ weighted)
+    if sums.bias is not None:
+        sums.bias.add_(gradient.sum(dim=0) if row_factor is None else row_factor @ gradient)
+    if uniform.linear:
+        uniform.count(rows, weights=weights)
+
+
+def _compute_dtype(hidden: Tensor) -> torch.dtype:
+    """The dtype of the matrix products: autocast's where it is on, as inside an autograd function it does not act."""
+    kind = hidden.device.type
+    if torch.is_autocast_enabled(kind) and hidden.dtype is not torch.float64:
+        return torch.get_autocast_dtype(kind)
+    return hidden.dtype

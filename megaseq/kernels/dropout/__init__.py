@@ -1,0 +1,151 @@
+"""Dropout whose mask is a function of (key, element index): the same in any order, on any device, and never stored."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megaseq.base import native
+from megaseq.kernels.checks import check_floating, check_like, check_rate, check_shape
+from megaseq.kernels.dispatch import choose
+from megaseq.kernels.dropout.host import host_keep_mask, native_apply
+from megaseq.kernels.dropout.reference import keep_mask, threshold_of
+from megaseq.kernels.functions import apply_one
+
+__all__ = ["DropoutKey", "DropoutMask", "dropout", "dropout_add", "mix_key"]
+
+DropoutKey = tuple[int, int, int]
+"""(seed, step, number of the place): what a mask is a function of, such as `Layer.dropout_key()`."""
+
+_WORD64 = 0xFFFFFFFFFFFFFFFF
+
+
+@dataclass(frozen=True)
+class DropoutMask:
+    """Which elements of a tensor become zero."""
+
+    rate: float
+    """Chance of an element to become zero, in [0, 1)."""
+    key: DropoutKey
+    """What the mask is a function of."""
+    offset: int = 0
+    """Number of the tensor's first element, where the tensor is a part of a larger one."""
+
+
+def mix_key(key: DropoutKey) -> int:
+    """The 64-bit key of a mask: SplitMix64 (Steele et al. 2014) absorbs the three numbers one by one."""
+    state = 0
+    for number in key:
+        state = (state + number + 0x9E3779B97F4A7C15) & _WORD64
+        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & _WORD64
+        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & _WORD64
+        state ^= state >> 31
+    return state
+
+
+def dropout(values: Tensor, *, rate: float, key: DropoutKey, offset: int = 0) -> Tensor:
+    """Sets elements to zero at random and scales the others by 1 / (1 - rate) (Srivastava et al. 2014).
+
+    Args:
+        values: any shape.
+        rate: chance of an element to become zero, in [0, 1).
+        key: what the choice of elements is a function of.
+        offset: number of the first element, where `values` is a part of a larger tensor; the others follow row-major.
+
+    Returns:
+        A tensor like `values`, or `values` itself if the rate is 0.
+
+    Raises:
+        KernelError: for a rate outside [0, 1), numbers that are not floating point, or an implementation asked for in
+            `MEGASEQ_KERNELS` that cannot run this call.
+    """
+    check_rate(rate, op="dropout")
+    check_floating(values, op="dropout", argument="values")
+    if rate == 0.0:
+        return values
+    return apply_one(_Dropout, values, None, DropoutMask(rate, key, offset))
+
+
+def dropout_add(values: Tensor, *, residual: Tensor, rate: float, key: DropoutKey, offset: int = 0) -> Tensor:
+    """`residual + dropout(values)`: the end of every residual branch.
+
+    Args:
+        values: any shape.
+        residual: the same shape, dtype and device.
+        rate: chance of an element of `values` to become zero, in [0, 1).
+        key: what the choice of elements is a function of.
+        offset: number of the first element, as in `dropout`.
+
+    Returns:
+        A tensor like `values`.
+
+    Raises:
+        KernelError: for tensors that do not fit each other, or as `dropout`.
+    """
+    check_rate(rate, op="dropout_add")
+    check_floating(values, op="dropout_add", argument="values")
+    check_shape(residual, op="dropout_add", argument="residual", shape=tuple(values.shape), legend="that of values")
+    check_like(residual, op="dropout_add", argument="residual", other=values, other_name="values")
+    if rate == 0.0:
+        return residual + values
+    return apply_one(_Dropout, values, residual, DropoutMask(rate, key, offset))
+
+
+class _Dropout(torch.autograd.Function):
+    """Applies the mask, and applies it again to the gradient: recomputing costs less than storing and reading it."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, residual: Tensor | None, mask: DropoutMask) -> Tensor:
+        ctx.mask = mask
+        dropped = _apply(values, mask=mask)
+        return dropped if residual is None else dropped.add_(residual)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        gradient = gradients[0]
+        of_values = apply_one(_GradientDropout, gradient, ctx.mask) if ctx.needs_input_grad[0] else None
+        of_residual = gradient if ctx.needs_input_grad[1] else None
+        return of_values, of_residual, None
+
+
+class _GradientDropout(torch.autograd.Function):
+    """The same linear map on the gradient, itself differentiable."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, mask: DropoutMask) -> Tensor:
+        ctx.mask = mask
+        return _apply(values, mask=mask)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return apply_one(_GradientDropout, gradients[0], ctx.mask), None
+
+
+def _apply(values: Tensor, *, mask: DropoutMask) -> Tensor:
+    """Values times the mask, by the implementation that is chosen; always new memory."""
+    on_cpu = values.device.type == "cpu"
+    fits = on_cpu and values.dtype in (torch.float32, torch.bfloat16)
+    extension = native.extension() if fits else None
+    impossible = {"triton": "its kernels are not part of this version"}
+    if extension is None:
+        impossible["native"] = (
+            "the compiled extension is not there" if fits else "it takes float32 or bfloat16 in host memory"
+        )
+    chosen = choose("dropout", automatic="reference" if extension is None else "native", impossible=impossible)
+    values = values.contiguous()
+    scale = 1.0 / (1.0 - mask.rate)
+    key, threshold = mix_key(mask.key), threshold_of(mask.rate)
+    if chosen == "native":
+        return native_apply(
+            values.detach(), extension=extension, key=key, offset=mask.offset, threshold=threshold, scale=scale
+        )
+    count = values.numel()
+    if on_cpu:
+        kept = host_keep_mask(count, key=key, offset=mask.offset, threshold=threshold)
+    else:
+        kept = keep_mask(count, key=key, offset=mask.offset, threshold=threshold, device=values.device)
+    # Filled and not multiplied: a dropped infinity becomes 0 and not NaN.
+    return (values * scale).masked_fill_(~kept.view(values.shape), 0.0)

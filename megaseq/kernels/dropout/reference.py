@@ -1,0 +1,31 @@
+"""The truth about dropout's masks in plain torch; the formula is explained in megaseq/csrc/dropout.h."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+WORD = 0xFFFFFFFF
+STRIDE = 0x9E3779B1
+FIRST_MULTIPLIER = 0x85EBCA6B
+SECOND_MULTIPLIER = 0xC2B2AE35
+HIGH_STRIDE = 0x27D4EB2F
+
+
+def threshold_of(rate: float) -> int:
+    """Hashes below this are dropped: `rate` in units of 2^-32, in [0, 2^32)."""
+    return min(round(rate * 2**32), WORD)
+
+
+def keep_mask(count: int, *, key: int, offset: int, threshold: int, device: torch.device) -> Tensor:
+    """Which of the elements `offset` to `offset + count` are kept: bool [count].
+
+    All words are held in int64, where a product of two of them may wrap and its low 32 bits are still right.
+    """
+    index = torch.arange(offset, offset + count, dtype=torch.int64, device=device)
+    low, high = index & WORD, (index >> 32) & WORD
+    word = (low * STRIDE + (key & WORD)) & WORD
+    word = ((word ^ (word >> 16)) * FIRST_MULTIPLIER) & WORD
+    word = word ^ (((key >> 32) + high * HIGH_STRIDE) & WORD)
+    word = ((word ^ (word >> 13)) * SECOND_MULTIPLIER) & WORD
+    return (word ^ (word >> 16)) >= threshold
