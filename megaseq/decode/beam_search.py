@@ -1,0 +1,337 @@
+"""Beam search with Lingvo's options and semantics, and those of fairseq and transformers where they differ.
+
+Every quantity is a tensor over sources and hypotheses; a step reads back from the device once, to learn which sources
+are finished. Those leave the batch, so that late steps cost only what the unfinished ones need.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from megaseq.base import NestedMap
+from megaseq.decode import candidates, termination
+from megaseq.decode.constraints import View, forbid_early_end, force_prefix
+from megaseq.decode.errors import DecodeError
+from megaseq.decode.finished import Finished
+from megaseq.decode.hypothesis import Hypothesis
+from megaseq.decode.protocol import StepDecoder, step_with_attention
+from megaseq.decode.scoring import Scoring
+from megaseq.decode.search import Limits, Search, raise_nan
+from megaseq.decode.topk import NEG_INF
+
+
+class BeamSearch(Search):
+    """Searches for the most probable outputs, `num_hyps_per_beam` hypotheses abreast."""
+
+    class Params(Search.Params):
+        num_hyps_per_beam: int = 8
+        """Hypotheses kept for each source."""
+        num_best: int = 1
+        """Finished hypotheses returned for each source, at most."""
+        beam_size: float = 3.0
+        """A score gap, not a number: a source is done when all its active hypotheses are this much less probable, in
+        nats, than its best finished one."""
+        length_normalization: float = 0.0
+        """Exponent of (length + 5) / 5, which log-probabilities are divided by; the length counts the end token."""
+        length_penalty: float | None = None
+        """Exponent of the plain length, the convention of fairseq and transformers; instead of `length_normalization`."""
+        coverage_penalty: float = 0.0
+        """Weight of the coverage term (beta of Wu et al. 2016); needs a decoder that reports its attention."""
+        target_seq_length_ratio: float = 1.0
+        """Mean target length over mean source length, for the coverage term."""
+        valid_eos_max_logit_delta: float = 5.0
+        """The end token may end a hypothesis only within this distance of the hypothesis' best token."""
+        local_eos_threshold: float = -100.0
+        """The end token may end a hypothesis only when its log-probability is above this."""
+        ensure_full_beam: bool = False
+        """A source is done only when `num_hyps_per_beam` hypotheses have finished, and the score gap is reached."""
+        terminate_beams_independently: bool = True
+        """Each source stops on its own and leaves the batch; otherwise all go on until all are done."""
+        force_eos_in_top_k: bool = False
+        """Consider the end token at every step, not only when it is among a hypothesis' best tokens."""
+        force_eos_in_last_step: bool = True
+        """End what is still active in the last step with the end token. Lingvo's default is False, which returns nothing
+        for a source whose outputs all run into the length limit."""
+        keep_unfinished: bool = False
+        """Return what is still active in the last step as it is, not ended, as transformers does; needs
+        `force_eos_in_last_step=False`."""
+        allow_empty_terminated_hyp: bool = True
+        """Whether the end token may come first."""
+        candidates: Literal["per_hyp", "merged"] = "per_hyp"
+        """Where the end token must rank to count: among the best K + 1 tokens of its hypothesis (Lingvo), or among the
+        best K extensions of all hypotheses of the source (fairseq, transformers)."""
+        termination: Literal["score_gap", "full_beam", "heuristic", "never"] = "score_gap"
+        """`score_gap`: `beam_size` decides (Lingvo). The others are transformers' `early_stopping` True, False, "never":
+        stop at K finished; when the best active one scores no better at its present length than the K-th finished; or at
+        the longest possible length."""
+
+        def validate(self) -> Iterator[str]:
+            """Yields options that contradict each other."""
+            yield from super().validate()
+            for name in ("num_hyps_per_beam", "num_best"):
+                if getattr(self, name) < 1:
+                    yield f"{name}: must be at least 1, but is {getattr(self, name)}. Use 1 for the single best."
+            if self.beam_size <= 0:
+                yield f"beam_size: must be above 0, but is {self.beam_size}. It is a gap in nats; the default is 3.0."
+            if self.target_seq_length_ratio <= 0:
+                yield f"target_seq_length_ratio: must be above 0, but is {self.target_seq_length_ratio}. Use 1.0."
+            if self.length_penalty is not None and self.length_normalization:
+                yield "length_penalty: must be None with length_normalization, but both are set. Keep one of the two."
+            if self.keep_unfinished and self.force_eos_in_last_step:
+                yield "keep_unfinished: must be False with force_eos_in_last_step, but both are set. Keep one of the two."
+
+    params: Params
+
+    def __init__(self, p: Params) -> None:
+        super().__init__(p)
+        self._rule = candidates.EosRule(
+            p.target_eos_id, p.valid_eos_max_logit_delta, p.local_eos_threshold, p.force_eos_in_top_k
+        )
+        self._scoring = Scoring(
+            p.length_normalization, p.length_penalty, p.coverage_penalty, p.target_seq_length_ratio
+        )
+
+    @torch.inference_mode()
+    def search(
+        self, decoder: StepDecoder, *, source: NestedMap, prefix: torch.Tensor | None = None
+    ) -> list[list[Hypothesis]]:
+        """Decodes every row of `source`; returns up to `num_best` hypotheses of each source, best first.
+
+        Args:
+            decoder: The model.
+            source: What `decoder.prefill` takes, B rows, on the device of the model.
+            prefix: [B, P] tokens that the outputs must begin with; a negative id leaves that position free. They count in
+                the score.
+
+        Raises:
+            DecodeError: The model gives NaN, or the coverage penalty meets a model without attention.
+        """
+        p = self.params
+        start = self.start(decoder, source=source)
+        num_sources, device = start.tokens.shape[0], start.tokens.device
+        if num_sources == 0:
+            return []
+        size = max(p.num_hyps_per_beam, p.num_best)
+        finished = Finished(num_sources, size=size, steps=int(start.limits.most.max()), device=device)
+        beam = _Beam(
+            rows=torch.arange(num_sources, device=device),
+            total=torch.zeros(num_sources, 1, device=device),
+            ids=torch.zeros(num_sources, 1, 0, dtype=torch.long, device=device),
+            limits=start.limits,
+        )
+        if p.coverage_penalty:
+            beam.lengths = start.lengths
+        state, tokens, step = start.state, start.tokens, 0
+        while beam.rows.numel():
+            if p.coverage_penalty:
+                logits, attention, state = step_with_attention(decoder, state=state, tokens=tokens)
+                beam.add_attention(attention)
+            else:
+                logits, state = decoder.step(state, tokens=tokens)
+            parents = self._advance(beam, logits=logits, step=step, finished=finished, prefix=prefix)
+            if parents is not None:
+                if beam.rows.numel() == 0:
+                    break
+                state = decoder.select(state, sources=parents.sources, hyps=parents.hyps)
+            tokens = beam.ids[..., -1].reshape(-1)
+            step += 1
+        return finished.hypotheses(num_best=p.num_best)
+
+    def _advance(
+        self, beam: _Beam, *, logits: torch.Tensor, step: int, finished: Finished, prefix: torch.Tensor | None
+    ) -> _Parents | None:
+        """One step after the model: updates `beam` and `finished`; returns what the decoder must select, if anything."""
+        p = self.params
+        last = beam.limits.most <= step + 1
+        proposals = self._propose(beam, logits=logits, step=step, last=last, prefix=prefix)
+        ended, going = self._split(proposals, last=last)
+        if step == 0 and not p.allow_empty_terminated_hyp:
+            ended = ended.where((ended.ids != p.target_eos_id))
+        has_ended = ended.score > NEG_INF
+        # On a GPU, looking whether there is anything to add would cost more than adding nothing.
+        if has_ended.is_cuda or bool(has_ended.any()):
+            self._finish(beam, ended=ended, finished=finished)
+
+        done = self._done(going.score, beam=beam, finished=finished, length=step + 1)
+        if not p.terminate_beams_independently:
+            done = done.all().expand_as(done)
+        done = done | last | (going.score[:, 0] == NEG_INF)
+        num_hyps = beam.total.shape[1]
+        same = num_hyps == p.num_hyps_per_beam
+        in_place = torch.arange(p.num_hyps_per_beam, device=done.device)
+        moved = (going.parents != in_place).any().view(1)
+        nan = proposals.score[..., 0].isnan().any().view(1)
+        *flags, any_moved, any_nan = torch.cat([done, moved, nan]).tolist()
+        if any_nan:
+            raise_nan(step)
+
+        if any(flags):
+            kept = torch.tensor([b for b, flag in enumerate(flags) if not flag], dtype=torch.long, device=done.device)
+            going = candidates.Extensions(going.score[kept], going.parents[kept], going.ids[kept])
+            beam.keep(kept)
+        elif same and not any_moved:
+            beam.extend(going)
+            return None
+        else:
+            kept = torch.arange(len(flags), device=done.device)
+        beam.extend(going)
+        return _Parents(sources=kept, hyps=going.parents)
+
+    def _propose(
+        self, beam: _Beam, *, logits: torch.Tensor, step: int, last: torch.Tensor, prefix: torch.Tensor | None
+    ) -> candidates.Proposals:
+        """The best extensions of every hypothesis, after all constraints."""
+        p = self.params
+        batch, num_hyps = beam.total.shape
+        if logits.shape[-1] <= p.target_eos_id:
+            raise DecodeError(
+                f"target_eos_id: must be below the vocabulary's {logits.shape[-1]}, but is {p.target_eos_id}. "
+                "Set the model's own end-of-sequence id."
+            )
+        scores = logits.view(batch, num_hyps, -1)
+        # Subtracting the normaliser from the few best candidates spares writing all log-probabilities.
+        normalizer: torch.Tensor | None = scores.float().logsumexp(dim=-1)
+        if self._constraints:
+            if not self._constraints.only_mask:
+                scores, normalizer = scores.float().log_softmax(dim=-1), None
+            view = View(ids=beam.ids, rows=beam.rows, last=last, eos_id=p.target_eos_id)
+            scores = self._constraints(scores, view=view)
+        if p.min_seq_len > step or p.min_length_ratio > 0:
+            scores = forbid_early_end(scores, step=step, least=beam.limits.least, eos_id=p.target_eos_id)
+        if prefix is not None and step < prefix.shape[1]:
+            scores = force_prefix(scores, wanted=prefix[beam.rows, step])
+        size = p.num_hyps_per_beam
+        count = size + 1 if p.candidates == "per_hyp" else 2 * size
+        return candidates.propose(scores, normalizer=normalizer, total=beam.total, count=count, rule=self._rule)
+
+    def _split(
+        self, proposals: candidates.Proposals, *, last: torch.Tensor
+    ) -> tuple[candidates.Extensions, candidates.Extensions]:
+        """Which extensions end, [B, E], and which go on, [B, K]."""
+        p = self.params
+        size, eos_id = p.num_hyps_per_beam, p.target_eos_id
+        going = candidates.next_beam(proposals, eos_id=eos_id, size=size)
+        is_eos = proposals.ids == eos_id
+        unfinished = going
+        if p.candidates == "merged":
+            best = candidates.merged_candidates(proposals, size=size)
+            unfinished = best.where(best.ids != eos_id)
+            ranked = ((best.ids == eos_id) & (best.score > NEG_INF)).long()
+            among = torch.zeros_like(is_eos[..., 0], dtype=torch.long).scatter_add(1, best.parents, ranked) > 0
+        else:
+            among = is_eos.any(dim=-1)
+        force = last if p.force_eos_in_last_step else torch.zeros_like(last)
+        ended = candidates.ended_hypotheses(proposals, among=among, rule=self._rule, force=force)
+        if p.keep_unfinished:
+            rest = unfinished.where(last.unsqueeze(1).expand_as(unfinished.score))
+            ended = candidates.Extensions(
+                torch.cat([ended.score, rest.score], dim=1),
+                torch.cat([ended.parents, rest.parents], dim=1),
+                torch.cat([ended.ids, rest.ids], dim=1),
+            )
+        return ended, going
+
+    def _finish(self, beam: _Beam, *, ended: candidates.Extensions, finished: Finished) -> None:
+        """Puts what ended in this step on the n-best lists."""
+        ids = torch.cat([beam.ids_of(ended.parents), ended.ids.unsqueeze(-1)], dim=-1)
+        length = torch.full((1,), ids.shape[-1], device=ids.device)
+        score = ended.score / self._scoring.norm(length)
+        if beam.attention is not None:
+            score = score + self._scoring.coverage(beam.attention_of(ended.parents), mask=beam.source_mask())
+        score = score.masked_fill(ended.score == NEG_INF, NEG_INF)
+        is_eos = ended.ids == self.params.target_eos_id
+        finished.add(beam.rows, score=score, logprob=ended.score, ids=ids, ended=is_eos)
+
+    def _done(self, active: torch.Tensor, *, beam: _Beam, finished: Finished, length: int) -> torch.Tensor:
+        """Which sources the termination rule ends, [B]."""
+        p, rows, size = self.params, beam.rows, self.params.num_hyps_per_beam
+        if p.termination == "score_gap":
+            needed = size if p.ensure_full_beam else 0
+            return termination.score_gap(active, finished=finished, rows=rows, gap=p.beam_size, needed=needed)
+        reach = torch.full_like(beam.limits.most, length)
+        exponent = p.length_normalization if p.length_penalty is None else p.length_penalty
+        if p.termination == "never" and exponent > 0:
+            reach = beam.limits.most
+        done = termination.no_better(
+            active, finished=finished, rows=rows, num_hyps=size, length=reach, scoring=self._scoring
+        )
+        if p.termination == "full_beam":
+            done = done | termination.full_beam(finished=finished, rows=rows, num_hyps=size)
+        return done
+
+
+@dataclass
+class _Parents:
+    """What the decoder must select: `sources` [B'], `hyps` [B', K]."""
+
+    sources: torch.Tensor
+    hyps: torch.Tensor
+
+
+@dataclass
+class _Beam:
+    """The active hypotheses of the sources still in the batch.
+
+    Attributes:
+        rows: [B] index of each source in the batch that the search began with.
+        total: [B, K] log-probability so far; -inf where there is no hypothesis.
+        ids: [B, K, t] tokens so far.
+        limits: Of each source.
+        lengths: [B] source lengths, with a coverage penalty only.
+        attention: [B, K, S] attention summed over the steps, with a coverage penalty only.
+    """
+
+    rows: torch.Tensor
+    total: torch.Tensor
+    ids: torch.Tensor
+    limits: Limits
+    lengths: torch.Tensor | None = None
+    attention: torch.Tensor | None = None
+
+    def add_attention(self, attention: torch.Tensor) -> None:
+        """Adds one step's attention, [B * K, S]."""
+        new = attention.float().view(*self.total.shape, -1)
+        self.attention = new if self.attention is None else self.attention + new
+
+    def ids_of(self, parents: torch.Tensor) -> torch.Tensor:
+        """The tokens of `parents` [B, E], [B, E, t]."""
+        return self.ids.gather(1, parents.unsqueeze(-1).expand(-1, -1, self.ids.shape[-1]))
+
+    def attention_of(self, parents: torch.Tensor) -> torch.Tensor:
+        """The summed attention of `parents` [B, E], [B, E, S]."""
+        assert self.attention is not None
+        return self.attention.gather(1, parents.unsqueeze(-1).expand(-1, -1, self.attention.shape[-1]))
+
+    def source_mask(self) -> torch.Tensor:
+        """True at real source positions, [B, 1, S]."""
+        assert self.attention is not None and self.lengths is not None
+        positions = torch.arange(self.attention.shape[-1], device=self.lengths.device)
+        return (positions < self.lengths.unsqueeze(1)).unsqueeze(1)
+
+    def keep(self, kept: torch.Tensor) -> None:
+        """Drops all sources but `kept` [B']."""
+        self.rows, self.total, self.ids = self.rows[kept], self.total[kept], self.ids[kept]
+        self.limits = self.limits.take(kept)
+        if self.lengths is not None:
+            self.lengths = self.lengths[kept]
+        if self.attention is not None:
+            self.attention = self.attention[kept]
+
+    def extend(self, going: candidates.Extensions) -> None:
+        """Replaces the hypotheses by their extensions, [B, K]."""
+        self.ids = torch.cat([self.ids_of(going.parents), going.ids.unsqueeze(-1)], dim=-1)
+        if self.attention is not None:
+            self.attention = self.attention_of(going.parents)
+        self.total = going.score
+
+
+def beam_search(
+    decoder: StepDecoder, *, source: NestedMap, params: BeamSearch.Params, prefix: torch.Tensor | None = None
+) -> list[list[Hypothesis]]:
+    """Beam search in one call; see `BeamSearch.search`."""
+    search: BeamSearch = params.instantiate()
+    return search.search(decoder, source=source, prefix=prefix)

@@ -1,0 +1,97 @@
+"""What decoding needs from a model, and nothing more.
+
+Shapes: B sources still in the batch, K hypotheses of each, S source positions, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+
+from megaseq.base import NestedMap
+from megaseq.decode.errors import DecodeError
+
+State = Any
+"""Whatever a decoder keeps between steps; decoding hands it back and looks at `attention_probs` only."""
+
+
+class StepDecoder(Protocol):
+    """A model that extends hypotheses by one token at a time.
+
+    The state holds what belongs to a source (encoder output, cross-attention keys and values) once for each source, with
+    B rows, and what belongs to a hypothesis (the self-attention cache) with B * K rows, the hypotheses of one source
+    next to each other.
+    """
+
+    def prefill(self, source: NestedMap) -> State:
+        """Encodes `source` (ids [B, S], ...); returns the state of one empty hypothesis for each source, K = 1."""
+        ...
+
+    def step(self, state: State, *, tokens: torch.Tensor) -> tuple[torch.Tensor, State]:
+        """Feeds `tokens` [B * K], each hypothesis' last token; returns (logits [B * K, V], new state).
+
+        The old state is not used again, so the cache may be extended in place.
+
+        A decoder that can report its attention also takes `need_attention=True`, and then leaves `attention_probs`
+        [B * K, S], a distribution over source positions, in the new state. Only the coverage penalty asks for it.
+        """
+        ...
+
+    def select(self, state: State, *, sources: torch.Tensor, hyps: torch.Tensor) -> State:
+        """Returns the state of B' sources with K' hypotheses each.
+
+        Args:
+            state: The state of B sources with K hypotheses each. It is not used again.
+            sources: [B'], ascending rows of the B sources: those not listed are finished and leave the batch.
+            hyps: [B', K'], which of the K hypotheses of that source each new hypothesis continues.
+        """
+        ...
+
+
+def step_with_attention(
+    decoder: StepDecoder, *, state: State, tokens: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, State]:
+    """One step that also gives attention: (logits [B * K, V], attention [B * K, S], state).
+
+    Raises:
+        DecodeError: The decoder does not report its attention.
+    """
+    name = type(decoder).__name__
+    remedy = "Set coverage_penalty to 0, or decode with a model that leaves attention_probs in its state."
+    try:
+        logits, state = decoder.step(state, tokens=tokens, need_attention=True)  # type: ignore[call-arg]
+    except TypeError as error:
+        # Only a missing keyword is the user's mistake; any other TypeError is the decoder's own fault.
+        if "need_attention" not in str(error):
+            raise
+        raise DecodeError(
+            f"coverage_penalty: must meet a decoder that takes need_attention, but {name} does not. {remedy}"
+        ) from error
+    attention = state.get("attention_probs") if isinstance(state, dict) else getattr(state, "attention_probs", None)
+    if attention is None:
+        raise DecodeError(
+            f"coverage_penalty: must meet a decoder that reports attention_probs, but {name} gives none. {remedy}"
+        )
+    return logits, attention, state
+
+
+def source_lengths(source: NestedMap) -> torch.Tensor:
+    """Number of real positions of each source, [B], from segment ids where there are any.
+
+    Raises:
+        DecodeError: A row holds several packed sources.
+    """
+    segments = source.get("segment_ids")
+    if segments is None:
+        known = source.get("lengths")
+        if known is not None:
+            return torch.as_tensor(known)
+        ids: torch.Tensor = source["ids"] if "ids" in source else source["features"]
+        return torch.full((ids.shape[0],), ids.shape[1], dtype=torch.long, device=ids.device)
+    if segments.numel() and int(segments.max()) > 1:
+        raise DecodeError(
+            "source.segment_ids: must hold one source a row to be decoded, but holds "
+            f"{int(segments.max())}. Decode bucketed batches, not packed ones."
+        )
+    return (segments > 0).sum(dim=1)
