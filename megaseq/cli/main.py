@@ -1,0 +1,50 @@
+"""The `megaseq` command: finds the subcommand, runs it, and turns a user's mistake into one line and exit code 2.
+
+Importing this module imports no torch: `megaseq --help` and shell completion answer at once, and each command
+imports what it needs when it runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+import megaseq
+from megaseq.base.errors import MegaseqError
+
+# Module of each command; the module's `register` adds its parser. Order is that of --help.
+_COMMANDS = ("train", "eval", "decode", "params", "checkpoint", "average")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Returns the parser of the whole command line."""
+    parser = argparse.ArgumentParser(
+        prog="megaseq", description="Train, evaluate and decode sequence-to-sequence models.", allow_abbrev=False
+    )
+    parser.add_argument("--version", action="version", version=f"megaseq {megaseq.__version__}")
+    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for name in _COMMANDS:
+        importlib.import_module(f"megaseq.cli.{name}").register(subparsers)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line `argv`, by default that of the process; returns the exit code.
+
+    0: done, or stopped by a signal after saving. 2: a mistake of the user's, named in one line on stderr.
+    """
+    arguments = build_parser().parse_args(argv)
+    try:
+        return int(arguments.run(arguments) or 0)
+    except MegaseqError as error:
+        print(f"megaseq: {error}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:
+        # The reader of our output (`| head`) has gone; Python would complain again when it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except KeyboardInterrupt:
+        return 130

@@ -1,0 +1,58 @@
+"""Params as the command line gives them: an experiment, YAML overlays, `path=value` and the data directory."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from megaseq.base.errors import AsText, must
+
+if TYPE_CHECKING:
+    from megaseq.base import Params
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds -c, --data-dir and the positional path=value to `parser`."""
+    parser.add_argument(
+        "-c", "--config", action="append", default=[], metavar="FILE.yaml", help="YAML overlay; later ones win"
+    )
+    parser.add_argument("--data-dir", default="", metavar="DIR", help="where inputs that name no data_dir find their files")
+    parser.add_argument(
+        "overrides", nargs="*", default=[], metavar="path=value", help="params to set, e.g. train.max_steps=1000"
+    )
+
+
+def apply(params: Params, *, configs: Sequence[str], overrides: Sequence[str], data_dir: str = "") -> Params:
+    """Applies overlays, then `path=value`, then the data directory, to `params` and returns them.
+
+    Raises:
+        ParamsError: a file that does not exist, an unknown path, a value of the wrong type.
+    """
+    for name in configs:
+        path = Path(name)
+        if not path.is_file():
+            raise must(f"-c {name}", "be a YAML file", AsText("missing"), "Check the path")
+        params.apply_yaml(path.read_text(encoding="utf-8"), filename=name)
+    for text in overrides:
+        name, equals, value = text.partition("=")
+        if not equals:
+            raise must(text, "be a param to set, path=value", AsText("without ="), "Write, say, train.max_steps=1000")
+        params.set_text(name.strip(), value)
+    if data_dir:
+        set_data_dir(params, data_dir)
+    return params
+
+
+def set_data_dir(params: Params, data_dir: str) -> None:
+    """Sets every empty `data_dir` field in the tree.
+
+    Raises:
+        ParamsError: `data_dir` is no directory.
+    """
+    if not Path(data_dir).is_dir():
+        raise must("--data-dir", "be a directory", data_dir, "Check the path")
+    for path, value in list(params.leaves()):
+        if path.rpartition(".")[2] == "data_dir" and not value:
+            params.set(path, data_dir, origin="--data-dir")

@@ -1,0 +1,1 @@
+"""The engine (one optimiser step) and the jobs around it: trainer, evaler, decoder."""

@@ -1,0 +1,105 @@
+"""An experiment: the class a person writes, and the params of the run that it describes."""
+
+from __future__ import annotations
+
+from megaseq.base import REQUIRED, Configurable, registry
+from megaseq.checkpoint import Checkpointer
+from megaseq.data.input import Input
+from megaseq.data.vocabulary import Vocabulary
+from megaseq.learner import Learner
+from megaseq.tasks.base import BaseTask
+from megaseq.train.program import Program
+from megaseq.train.tracking import Tracking
+
+
+class Run(Configurable):
+    """Everything that a training run is made of; only its params are used, the jobs build the parts."""
+
+    class Params(Configurable.Params):
+        name: str = REQUIRED
+        """Registered name of the experiment."""
+        seed: int = 1
+        """Seeds initial weights, dropout, sampling and, where an input sets none of its own, the order of examples."""
+        vocabulary: Vocabulary.Params = REQUIRED
+        """The tokenizers of source and target."""
+        task: BaseTask.Params = REQUIRED
+        """The model and its loss."""
+        train_input: Input.Params = REQUIRED
+        """What is trained on."""
+        eval_inputs: dict[str, Input.Params] = {}
+        """What is evaluated and decoded, by name."""
+        learner: Learner.Params = Learner.Params()
+        """Optimizer, schedule, clipping, moving average."""
+        train: Program.Params = REQUIRED
+        """How long, how precise, and what runs between the steps."""
+        checkpoint: Checkpointer.Params = Checkpointer.Params()
+        """When to save and what to keep."""
+        tracking: Tracking.Params = Tracking.Params()
+        """Where figures go."""
+
+    params: Params
+
+
+class Experiment:
+    """Base of all experiments: subclass it, fill in the parts, and put `@register` above the class.
+
+    A variant inherits and changes what differs:
+
+        @register
+        class Small(Base):
+            def task(self) -> Translation.Params:
+                p = super().task()
+                p.decoder.num_layers = 3
+                return p
+    """
+
+    def vocabulary(self) -> Vocabulary.Params:
+        """The tokenizers of source and target."""
+        raise NotImplementedError(f"{type(self).__qualname__} must define vocabulary()")
+
+    def task(self) -> BaseTask.Params:
+        """The model and its loss."""
+        raise NotImplementedError(f"{type(self).__qualname__} must define task()")
+
+    def train_input(self) -> Input.Params:
+        """What is trained on."""
+        raise NotImplementedError(f"{type(self).__qualname__} must define train_input()")
+
+    def eval_inputs(self) -> dict[str, Input.Params]:
+        """What is evaluated and decoded, by name."""
+        return {}
+
+    def learner(self) -> Learner.Params:
+        """Optimizer, schedule, clipping, moving average."""
+        return Learner.Params()
+
+    def train(self) -> Program.Params:
+        """How long, how precise, and what runs between the steps."""
+        raise NotImplementedError(f"{type(self).__qualname__} must define train()")
+
+    def checkpoint(self) -> Checkpointer.Params:
+        """When to save and what to keep."""
+        return Checkpointer.Params()
+
+    def tracking(self) -> Tracking.Params:
+        """Where figures go."""
+        return Tracking.Params()
+
+    def seed(self) -> int:
+        """Seeds initial weights, dropout and sampling."""
+        return 1
+
+    def params(self) -> Run.Params:
+        """Returns the params of a run of this experiment, a fresh copy at every call."""
+        return Run.Params(
+            name=registry.key_of(type(self)),
+            seed=self.seed(),
+            vocabulary=self.vocabulary(),
+            task=self.task(),
+            train_input=self.train_input(),
+            eval_inputs=self.eval_inputs(),
+            learner=self.learner(),
+            train=self.train(),
+            checkpoint=self.checkpoint(),
+            tracking=self.tracking(),
+        )
