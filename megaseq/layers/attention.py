@@ -1,0 +1,237 @@
+"""Multi-head attention blocks: of a sequence to itself, and of a decoder to the encoder's output."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from megaseq.base import FROM_PARENT, REQUIRED
+from megaseq.kernels.attention import AttentionMask, attention
+from megaseq.kernels.dropout import DropoutMask
+from megaseq.layers.base import inherit
+from megaseq.layers.branch import Branch
+from megaseq.layers.linear import Linear
+from megaseq.layers.norm import Norm
+from megaseq.layers.relative import PositionBias
+from megaseq.layers.rotary import Rotary, Rotation, RotationKey
+
+
+@dataclass
+class Sight:
+    """What the self-attentions of one stack share for one batch."""
+
+    segment_ids: Tensor | None
+    """[B, T], 0 is padding; None: no padding, one segment a row."""
+    positions: Tensor
+    """[B or 1, T], 0-based, restarting in each segment."""
+    causal: bool
+    """Whether later keys are hidden."""
+    bias: Tensor | None = None
+    """[1, N, T, T] from the stack's position bias."""
+    masks: dict[int | None, AttentionMask] = field(default_factory=dict)
+    rotations: dict[RotationKey, Rotation] = field(default_factory=dict)
+
+    def mask(self, window: int | None) -> AttentionMask:
+        """Returns the mask of layers with this `window`, made once.
+
+        Places in the row stand for positions: a segment is in one piece and its positions count by one, so both give
+        the same order and the same distances within it.
+        """
+        if window not in self.masks:
+            self.masks[window] = AttentionMask(
+                query_segment_ids=self.segment_ids,
+                key_segment_ids=self.segment_ids,
+                causal=self.causal,
+                window=window,
+            )
+        return self.masks[window]
+
+
+class Attention(Branch):
+    """Base of both attentions: heads, scores, output projection."""
+
+    class Params(Branch.Params):
+        num_heads: int = REQUIRED
+        """Query heads N."""
+        num_key_value_heads: int | None = None
+        """Key and value heads M: None is one for each query head; fewer is grouped-query, 1 multi-query attention."""
+        head_dim: int | None = None
+        """Width H of a head; None is model_dim / num_heads."""
+        scale: float | None = None
+        """Factor of the scores; None is H^-0.5, T5 has 1.0."""
+        soft_cap: float | None = None
+        """Scores are squeezed to cap * tanh(scores / cap) (Gemma 2); None leaves them."""
+        attention_dropout: float = FROM_PARENT
+        """Chance of zeroing an attention weight, in training."""
+        query_norm: Norm.Params | None = None
+        """Norm over each query head (Henry et al. 2020); None is none."""
+        key_norm: Norm.Params | None = None
+        """Norm over each key head; None is none."""
+        output: Linear.Params = Linear.Params()
+        """Heads to D."""
+
+        def validate(self) -> Iterator[str]:
+            """Refuses head counts and widths that do not fit together."""
+            yield from super().validate()
+            if self.num_heads < 1:
+                yield f"num_heads: must be at least 1, but is {self.num_heads}. Set it to model_dim / 64, say."
+            elif self.num_key_value_heads is not None and (
+                self.num_key_value_heads < 1 or self.num_heads % self.num_key_value_heads
+            ):
+                yield (f"num_key_value_heads: must divide num_heads ({self.num_heads}), but is "
+                       f"{self.num_key_value_heads}. None is one for each query head.")
+            elif self.head_dim is None and self.model_dim % self.num_heads:
+                yield (f"num_heads: must divide model_dim ({self.model_dim}), but is {self.num_heads}. "
+                       "Choose another number, or set head_dim.")
+
+    params: Params
+
+    def __init__(self, p: Params) -> None:
+        super().__init__(p)
+        self.num_heads = p.num_heads
+        self.num_key_value_heads = p.num_key_value_heads or p.num_heads
+        self.head_dim = p.head_dim or p.model_dim // p.num_heads
+        self.query_dim = self.num_heads * self.head_dim
+        self.key_dim = self.num_key_value_heads * self.head_dim
+        self.scale = self.head_dim**-0.5 if p.scale is None else p.scale
+        self.query_norm: Norm | None = None
+        self.key_norm: Norm | None = None
+        if p.query_norm is not None:
+            self.query_norm = p.query_norm.replace(dim=self.head_dim).instantiate()
+        if p.key_norm is not None:
+            self.key_norm = p.key_norm.replace(dim=self.head_dim).instantiate()
+        output = inherit(p.output, input_dim=self.query_dim, output_dim=p.model_dim, bias=p.bias)
+        self.output: Linear = output.instantiate(axes=("model", "heads"))
+
+    def attend(
+        self, query: Tensor, *, key: Tensor, value: Tensor, mask: AttentionMask | None, bias: Tensor | None
+    ) -> Tensor:
+        """Attends with `query` [B, T, N, H] to `key` and `value` [B, S, M, H]; returns the heads side by side [B, T, N*H]."""
+        rate = self.params.attention_dropout
+        dropout = DropoutMask(rate=rate, key=self.dropout_key(site=1)) if self.training and rate else None
+        heads = attention(
+            query, key=key, value=value, mask=mask, bias=bias, scale=self.scale, soft_cap=self.params.soft_cap,
+            dropout=dropout,
+        )
+        return heads.flatten(2)
+
+
+class SelfAttention(Attention):
+    """Attention of a sequence to itself; query, key and value are one matrix product."""
+
+    class Params(Attention.Params):
+        causal: bool = FROM_PARENT
+        """Whether later keys are hidden."""
+        window: int | None = None
+        """Only keys fewer than this many places away are seen; None sees all."""
+        rotary: Rotary.Params | None = None
+        """Rotary positions; None is none."""
+        position_bias: PositionBias.Params | None = None
+        """A bias of this layer's own (UMT5); None is the stack's, if it has one."""
+        qkv: Linear.Params = Linear.Params()
+        """D to the queries, keys and values, fused in this order."""
+
+    params: Params
+
+    def __init__(self, p: Params) -> None:
+        super().__init__(p)
+        parts = (self.query_dim, self.key_dim, self.key_dim)
+        qkv = inherit(p.qkv, input_dim=p.model_dim, output_dim=sum(parts), bias=p.bias)
+        self.qkv: Linear = qkv.instantiate(axes=("heads", "model"), parts=parts)
+        self.rotary: Rotary | None = None
+        if p.rotary is not None:
+            self.rotary = p.rotary.replace(head_dim=self.head_dim).instantiate()
+        self.position_bias: PositionBias | None = None
+        if p.position_bias is not None:
+            bias = inherit(p.position_bias, num_heads=p.num_heads, bidirectional=not p.causal)
+            self.position_bias = bias.instantiate()
+
+    def split(self, fused: Tensor, *, rotation: Rotation | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Returns the queries [B, T, N, H], keys and values [B, T, M, H] of what `qkv` made, normed and turned."""
+        heads = (self.num_heads, self.num_key_value_heads, self.num_key_value_heads)
+        query, key, value = fused.unflatten(-1, (-1, self.head_dim)).split(heads, dim=2)
+        if self.query_norm is not None:
+            query = self.query_norm(query)
+        if self.key_norm is not None:
+            key = self.key_norm(key)
+        if self.rotary is not None and rotation is not None:
+            query, key = self.rotary(query, rotation=rotation), self.rotary(key, rotation=rotation)
+        return query, key, value
+
+    def forward(self, x: Tensor, *, sight: Sight) -> Tensor:
+        """Maps the residual stream `x` [B, T, D] to the next [B, T, D]."""
+        rotation: Rotation | None = None
+        if self.rotary is not None:
+            if self.rotary.key not in sight.rotations:
+                sight.rotations[self.rotary.key] = self.rotary.rotation(sight.positions)
+            rotation = sight.rotations[self.rotary.key]
+        bias = sight.bias
+        if self.position_bias is not None:
+            bias = self.position_bias(x.shape[1], device=x.device)
+        query, key, value = self.split(self.qkv(self.enter(x)), rotation=rotation)
+        heads = self.attend(query, key=key, value=value, mask=sight.mask(self.params.window), bias=bias)
+        return self.leave(x, self.output(heads))
+
+
+class CrossAttention(Attention):
+    """Attention of the decoder to the encoder's output; key and value are one matrix product."""
+
+    class Params(Attention.Params):
+        memory_dim: int = FROM_PARENT
+        """Width of the encoder's output."""
+        query: Linear.Params = Linear.Params()
+        """D to the queries."""
+        key_value: Linear.Params = Linear.Params()
+        """The encoder's width to keys and values, fused in this order."""
+
+    params: Params
+
+    def __init__(self, p: Params) -> None:
+        super().__init__(p)
+        query = inherit(p.query, input_dim=p.model_dim, output_dim=self.query_dim, bias=p.bias)
+        self.query: Linear = query.instantiate(axes=("heads", "model"))
+        parts = (self.key_dim, self.key_dim)
+        key_value = inherit(p.key_value, input_dim=p.memory_dim, output_dim=sum(parts), bias=p.bias)
+        self.key_value: Linear = key_value.instantiate(axes=("heads", "model"), parts=parts)
+
+    def project_memory(self, memory: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns keys and values [B, S, M, H] of the encoder's output `memory` [B, S, E]."""
+        batch, length, _ = memory.shape
+        fused = self.key_value(memory).view(batch, length, 2 * self.num_key_value_heads, self.head_dim)
+        key, value = fused.split(self.num_key_value_heads, dim=2)
+        return (key if self.key_norm is None else self.key_norm(key)), value
+
+    def forward(self, x: Tensor, *, key: Tensor, value: Tensor, mask: AttentionMask | None) -> Tensor:
+        """Attends with the residual stream to an encoded source.
+
+        Args:
+            x: [B, T, D]; in decoding T is the hypotheses of a source, which share its keys and values.
+            key: [B, S, M, H], from `project_memory`.
+            value: [B, S, M, H].
+            mask: which source tokens each place sees; None: all.
+
+        Returns:
+            The next residual stream [B, T, D].
+        """
+        query = self.project_query(x)
+        return self.leave(x, self.output(self.attend(query, key=key, value=value, mask=mask, bias=None)))
+
+    def project_query(self, x: Tensor) -> Tensor:
+        """Returns the queries [B, T, N, H] of the residual stream `x` [B, T, D]."""
+        query = self.query(self.enter(x)).view(*x.shape[:2], self.num_heads, self.head_dim)
+        return query if self.query_norm is None else self.query_norm(query)
+
+    def weights(self, x: Tensor, *, key: Tensor, mask: AttentionMask | None) -> Tensor:
+        """Returns the attention weights [B, N, T, S] that `forward` uses; slow, for those who want to see them."""
+        query = self.project_query(x).transpose(1, 2)
+        keys = key.repeat_interleave(self.num_heads // self.num_key_value_heads, dim=2).permute(0, 2, 3, 1)
+        scores = (query @ keys).float() * self.scale
+        if self.params.soft_cap is not None:
+            scores = self.params.soft_cap * torch.tanh(scores / self.params.soft_cap)
+        if mask is not None:
+            allowed = mask.allowed(query_length=x.shape[1], key_length=key.shape[1], device=x.device)
+            scores = scores.masked_fill(~allowed, float("-inf"))
+        return scores.softmax(dim=-1)

@@ -1,0 +1,146 @@
+"""Layer, the base of every module: parameters that describe themselves, first values and dropout that know their path."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from megaseq.base import FROM_PARENT, Configurable
+from megaseq.base.errors import ParamsError, must
+from megaseq.kernels.dropout import dropout, dropout_add
+from megaseq.layers.initializers import Initializer
+from megaseq.parallel.spec import AXES, Axis, ParameterSpec
+
+AnyParams = TypeVar("AnyParams", bound=Configurable.Params)
+
+
+@dataclass
+class StepContext:
+    """Where training stands; one object shared by all layers of a model, moved on by the engine."""
+
+    seed: int = 0
+    """The run's seed."""
+    step: int = 0
+    """Optimiser steps done."""
+    micro_batch: int = 0
+    """Index of the micro-batch within the step, over all data-parallel ranks."""
+
+
+def stable_hash(text: str) -> int:
+    """Returns 63 bits that depend on `text` alone: the same in every process and Python version."""
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
+
+
+class Layer(nn.Module, Configurable):
+    """A torch module that is built from its Params and whose parameters carry a `ParameterSpec` as `.spec`."""
+
+    class Params(Configurable.Params):
+        pass
+
+    def __init__(self, p: Params) -> None:
+        nn.Module.__init__(self)
+        Configurable.__init__(self, p)
+        self.path = ""
+        self.path_hash = 0
+        self.context = StepContext()
+
+    def create_parameter(
+        self, name: str, *, shape: tuple[int, ...], axes: tuple[Axis, ...], init: Initializer, parts: tuple[int, ...] = ()
+    ) -> nn.Parameter:
+        """Registers and returns an uninitialised float32 parameter; `initialize` gives it its values.
+
+        Args:
+            name: attribute of this layer, the last part of the parameter's path.
+            shape: global shape.
+            axes: logical axis of each dimension, None for one that is never sharded.
+            init: first values.
+            parts: sizes along dimension 0 of fused projections, see `ParameterSpec`.
+
+        Raises:
+            ParamsError: axes that do not fit the shape or are unknown, parts that do not add up.
+        """
+        if len(axes) != len(shape) or not set(axes) <= AXES | {None}:
+            raise must(name, f"have one logical axis of {sorted(AXES)} or None a dimension", f"{axes} for {shape}",
+                       "Correct create_parameter's axes", kind=ParamsError)
+        if parts and sum(parts) != shape[0]:
+            raise must(name, f"have parts that add up to {shape[0]}", parts, "Correct the parts", kind=ParamsError)
+        parameter = nn.Parameter(torch.empty(shape, dtype=torch.float32))
+        parameter.spec = ParameterSpec(shape=shape, axes=axes, init=init, parts=parts)  # type: ignore[attr-defined]
+        self.register_parameter(name, parameter)
+        return parameter
+
+    def dropout_key(self, *, site: int = 0) -> tuple[int, int, int]:
+        """Returns (seed, step, hash of path, site and micro-batch), of which alone this layer's dropout is a function.
+
+        Args:
+            site: tells apart the dropouts of one layer.
+        """
+        context = self.context
+        # Odd multipliers keep sites and micro-batches apart; the first of both leaves the path's hash as it is.
+        salted = self.path_hash + context.micro_batch * 0x9E3779B97F4A7C15 + site * 0xC2B2AE3D27D4EB4F
+        return context.seed, context.step, salted & 0x7FFFFFFFFFFFFFFF
+
+    def drop(self, x: Tensor, *, rate: float, site: int = 0) -> Tensor:
+        """Returns `x`, in training with a share `rate` of its elements zeroed and the others scaled up."""
+        if not self.training or rate == 0.0:
+            return x
+        return dropout(x, rate=rate, key=self.dropout_key(site=site))
+
+    def drop_add(self, x: Tensor, *, residual: Tensor, rate: float, site: int = 0) -> Tensor:
+        """Returns `residual` + `drop(x)`."""
+        if not self.training or rate == 0.0:
+            return residual + x
+        key = self.dropout_key(site=site)
+        if x.dtype != residual.dtype:  # under autocast the branch is bfloat16 and the stream is not
+            return residual + dropout(x, rate=rate, key=key)
+        return dropout_add(x, residual=residual, rate=rate, key=key)
+
+
+def inherit(child: AnyParams, **values: Any) -> AnyParams:
+    """Returns a copy of `child` in which each named param that still waits for its parent has the parent's value."""
+    return child.replace(**{name: value for name, value in values.items() if getattr(child, name) is FROM_PARENT})
+
+
+def initialize(module: nn.Module, *, seed: int, prefix: str = "task") -> None:
+    """Gives every parameter of `module` its first values, each a function of (its path, `seed`) and of nothing else.
+
+    Values are drawn in float32 on the CPU, then cast and copied to where the parameter lives, so that neither the order
+    in which layers were made nor the device changes them.
+
+    Args:
+        module: a module whose parameters were all made by `Layer.create_parameter`.
+        seed: of the run.
+        prefix: what the path of `module` itself is.
+
+    Raises:
+        ParamsError: a parameter without a spec.
+    """
+    generator = torch.Generator()
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            path = f"{prefix}.{name}" if prefix else name
+            spec = getattr(parameter, "spec", None)
+            if not isinstance(spec, ParameterSpec):
+                raise must(path, "be made by Layer.create_parameter", "a bare parameter", "Create it through its Layer")
+            generator.manual_seed(stable_hash(f"{seed}/{path}"))
+            direct = parameter.device.type == "cpu" and parameter.dtype == torch.float32
+            values = parameter.data if direct else torch.empty(spec.shape, dtype=torch.float32, device="cpu")
+            for part in values.split(list(spec.parts)) if spec.parts else (values,):
+                spec.init.fill(part, generator=generator, axes=spec.axes)
+            if not direct:
+                parameter.copy_(values)
+
+
+def bind(module: nn.Module, *, seed: int, prefix: str = "task") -> StepContext:
+    """Tells every layer of `module` its path and gives all of them one `StepContext`, which is returned."""
+    context = StepContext(seed=seed)
+    for name, layer in module.named_modules():
+        if isinstance(layer, Layer):
+            layer.path = f"{prefix}.{name}".strip(".")
+            layer.path_hash = stable_hash(layer.path)
+            layer.context = context
+    return context

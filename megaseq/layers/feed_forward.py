@@ -1,0 +1,59 @@
+"""The position-wise block."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import Tensor
+
+from megaseq.base import FROM_PARENT, REQUIRED
+from megaseq.layers.activations import ActivationName, activation
+from megaseq.layers.base import inherit
+from megaseq.layers.branch import Branch
+from megaseq.layers.linear import Linear
+
+
+class FeedForward(Branch):
+    """down(act(up(x))), or down(act(gate(x)) * up(x)) when gated (Shazeer 2020), in a residual branch."""
+
+    class Params(Branch.Params):
+        hidden_dim: int = REQUIRED
+        """Width F between the two projections."""
+        activation: ActivationName = "relu"
+        """The nonlinearity."""
+        gated: bool = False
+        """Whether a second projection is multiplied in; it is fused with the first, gate before up."""
+        activation_dropout: float = FROM_PARENT
+        """Chance of zeroing an element after the activation, in training."""
+        up: Linear.Params = Linear.Params()
+        """D to F, or to 2F when gated."""
+        down: Linear.Params = Linear.Params()
+        """F to D."""
+
+        def validate(self) -> Iterator[str]:
+            """Refuses a width below one."""
+            yield from super().validate()
+            if isinstance(self.hidden_dim, int) and self.hidden_dim < 1:
+                yield f"hidden_dim: must be at least 1, but is {self.hidden_dim}. 4 times model_dim is usual."
+
+    params: Params
+
+    def __init__(self, p: Params) -> None:
+        super().__init__(p)
+        parts = (p.hidden_dim, p.hidden_dim) if p.gated else ()
+        up = inherit(p.up, input_dim=p.model_dim, output_dim=sum(parts) or p.hidden_dim, bias=p.bias)
+        self.up: Linear = up.instantiate(axes=("hidden", "model"), parts=parts)
+        down = inherit(p.down, input_dim=p.hidden_dim, output_dim=p.model_dim, bias=p.bias)
+        self.down: Linear = down.instantiate(axes=("model", "hidden"))
+        self.activation = activation(p.activation)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps the residual stream `x` [..., D] to the next [..., D]."""
+        hidden = self.up(self.enter(x))
+        if self.params.gated:
+            gate, up = hidden.split(self.params.hidden_dim, dim=-1)
+            hidden = self.activation(gate) * up
+        else:
+            hidden = self.activation(hidden)
+        hidden = self.drop(hidden, rate=self.params.activation_dropout, site=1)
+        return self.leave(x, self.down(hidden))

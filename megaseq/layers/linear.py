@@ -1,0 +1,83 @@
+"""Linear maps; projections that read the same input are fused in one matrix."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from megaseq.base import FROM_PARENT
+from megaseq.base.errors import must
+from megaseq.layers.base import Layer
+from megaseq.layers.initializers import Constant, Initializer, ScaledUniform
+from megaseq.parallel.spec import Axis
+
+
+class Linear(Layer):
+    """y = x W^T + b, one matrix product even when `parts` projections are fused along the output."""
+
+    class Params(Layer.Params):
+        input_dim: int = FROM_PARENT
+        """Width of the input."""
+        output_dim: int = FROM_PARENT
+        """Width of the output, the sum of the parts of a fused projection."""
+        bias: bool | tuple[bool, ...] = FROM_PARENT
+        """Whether there is a bias; of a fused projection also one flag for each part (Whisper's keys have none)."""
+        init: Initializer.Params = ScaledUniform.Params()
+        """First values of the matrix, each part on its own."""
+
+        def validate(self) -> Iterator[str]:
+            """Refuses widths below one."""
+            for name in ("input_dim", "output_dim"):
+                value = getattr(self, name)
+                if isinstance(value, int) and value < 1:
+                    yield f"{name}: must be at least 1, but is {value}. Set the widths of the owning layer."
+
+    params: Params
+
+    def __init__(self, p: Params, *, axes: tuple[Axis, Axis], parts: tuple[int, ...] = ()) -> None:
+        """Makes the map.
+
+        Args:
+            p: the params, complete.
+            axes: logical axes of (output, input).
+            parts: output widths of the fused projections; empty for one.
+
+        Raises:
+            ParamsError: a tuple of bias flags that is not one flag a part.
+        """
+        super().__init__(p)
+        flags = p.bias if isinstance(p.bias, tuple) else (p.bias,) * max(len(parts), 1)
+        widths = parts or (p.output_dim,)
+        if len(flags) != len(widths):
+            raise must("bias", f"be one flag or {len(widths)} flags", p.bias, "Give one flag for each fused projection")
+        self.weight = self.create_parameter(
+            "weight", shape=(p.output_dim, p.input_dim), axes=axes, init=p.init.instantiate(), parts=parts
+        )
+        biased = tuple(width for width, flag in zip(widths, flags, strict=True) if flag)
+        self.bias: nn.Parameter | None
+        if biased:
+            zeros = Constant.Params().instantiate()
+            self.create_parameter(
+                "bias", shape=(sum(biased),), axes=(axes[0],), init=zeros, parts=biased if parts else ()
+            )
+        else:
+            self.register_parameter("bias", None)
+        # (width, has a bias) of each part, only where some parts have a bias and others do not.
+        self.uneven = tuple(zip(widths, flags, strict=True)) if biased and len(biased) < len(widths) else ()
+
+    def full_bias(self) -> Tensor | None:
+        """Returns the bias of the whole output [output_dim], zero where a part has none; None if no part has one."""
+        if self.bias is None or not self.uneven:
+            return self.bias
+        pieces, start = [], 0
+        for width, biased in self.uneven:
+            pieces.append(self.bias[start : start + width] if biased else self.bias.new_zeros(width))
+            start += width if biased else 0
+        return torch.cat(pieces)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps `x` [..., input_dim] to [..., output_dim]."""
+        return functional.linear(x, self.weight, self.full_bias() if self.uneven else self.bias)

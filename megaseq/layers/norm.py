@@ -1,0 +1,85 @@
+"""Normalisation over the last dimension; statistics are taken in float32 whatever the input's dtype."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import Tensor, nn
+from torch.nn import functional
+
+from megaseq.base import FROM_PARENT
+from megaseq.layers.base import Layer
+from megaseq.layers.initializers import Constant
+
+
+class Norm(Layer):
+    """Base of the norms: [..., D] to [..., D]."""
+
+    class Params(Layer.Params):
+        dim: int = FROM_PARENT
+        """Width D of the input."""
+        eps: float = 1e-5
+        """Added to the variance."""
+
+        def validate(self) -> Iterator[str]:
+            """Refuses an epsilon that is not positive."""
+            if self.eps <= 0:
+                yield f"eps: must be positive, but is {self.eps}. 1e-5 and 1e-6 are usual."
+
+    params: Params
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalises `x` [..., D]; returns [..., D]."""
+        raise NotImplementedError
+
+
+class LayerNorm(Norm):
+    """y = (x - mean) / sqrt(var + eps) * weight + bias (Ba et al. 2016)."""
+
+    class Params(Norm.Params):
+        bias: bool = True
+        """Whether there is a bias."""
+
+    params: Params
+
+    def __init__(self, p: Params) -> None:
+        super().__init__(p)
+        self.shape = (p.dim,)
+        self.weight = self.create_parameter("weight", shape=(p.dim,), axes=("model",), init=_ones())
+        self.bias: nn.Parameter | None
+        if p.bias:
+            self.create_parameter("bias", shape=(p.dim,), axes=("model",), init=Constant.Params().instantiate())
+        else:
+            self.register_parameter("bias", None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalises `x` [..., D]; returns [..., D]."""
+        return functional.layer_norm(x, self.shape, self.weight, self.bias, self.params.eps)
+
+
+class RMSNorm(Norm):
+    """y = x / sqrt(mean(x^2) + eps) * weight, without mean or bias (Zhang and Sennrich 2019)."""
+
+    class Params(Norm.Params):
+        eps: float = 1e-6
+        """Added to the mean square."""
+        add_one: bool = False
+        """Multiply by 1 + weight, with weights that start at zero (Gemma), instead of by the weight."""
+
+    params: Params
+
+    def __init__(self, p: Params) -> None:
+        super().__init__(p)
+        self.shape = (p.dim,)
+        init = Constant.Params(value=0.0 if p.add_one else 1.0).instantiate()
+        self.weight = self.create_parameter("weight", shape=(p.dim,), axes=("model",), init=init)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalises `x` [..., D]; returns [..., D]."""
+        weight = self.weight + 1.0 if self.params.add_one else self.weight
+        return functional.rms_norm(x, self.shape, weight, self.params.eps)
+
+
+def _ones() -> Constant:
+    ones: Constant = Constant.Params(value=1.0).instantiate()
+    return ones
