@@ -1,0 +1,72 @@
+"""AdamW."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from megaseq.base import Problem
+from megaseq.learner.optimizer import Optimizer, ParameterGroup
+
+
+class AdamW(Optimizer):
+    """Adam with decoupled weight decay (Loshchilov and Hutter, 2019).
+
+    At update t, with gradient g, rate r and weight decay w:
+    p -= r w p;  m = beta1 m + (1 - beta1) g;  v = beta2 v + (1 - beta2) g^2;
+    p -= r (m / (1 - beta1^t)) / (sqrt(v / (1 - beta2^t)) + epsilon).
+    One fused kernel reads gradient, parameter and moments once, and scales the gradient on the way.
+    """
+
+    class Params(Optimizer.Params):
+        beta1: float = 0.9
+        """Decay of the first moment."""
+        beta2: float = 0.98
+        """Decay of the second moment; 0.98 is the Transformer's, 0.999 Adam's own."""
+        epsilon: float = 1e-9
+        """Added to the root of the second moment."""
+
+        def validate(self) -> Iterator[Problem | str]:
+            """Reports decays outside [0, 1) and a negative epsilon."""
+            yield from super().validate()
+            for name, value in (("beta1", self.beta1), ("beta2", self.beta2)):
+                if not 0.0 <= value < 1.0:
+                    yield f"{name}: must be in [0, 1), but is {value}. Typical values are 0.9 and 0.98."
+            if self.epsilon < 0.0:
+                yield f"epsilon: must be at least 0, but is {self.epsilon}. Typical is 1e-9."
+
+    params: Params
+
+    def __init__(self, p: Params, *, groups: Sequence[ParameterGroup]) -> None:
+        super().__init__(p, groups=groups)
+        self._first = self.add_zeros("first_moment")
+        self._second = self.add_zeros("second_moment")
+        # The kernel wants a step and a divisor as tensors; all parameters share one of each.
+        self._step = torch.zeros((), dtype=torch.float32, device=self.device)
+        self._divisor = torch.ones((), dtype=torch.float32, device=self.device)
+
+    def step(self, *, gradients: Sequence[Sequence[Tensor]], learning_rate: float, gradient_scale: float) -> None:
+        """Updates all groups, one fused call each."""
+        p = self.params
+        self._step.fill_(self.num_updates)
+        self._divisor.fill_(1.0 / gradient_scale)
+        for group, grads, first, second in zip(self.groups, gradients, self._first, self._second, strict=True):
+            torch._fused_adamw_(
+                list(group.tensors),
+                list(grads),
+                first,
+                second,
+                [],
+                [self._step] * len(first),
+                lr=learning_rate * group.learning_rate_scale,
+                beta1=p.beta1,
+                beta2=p.beta2,
+                weight_decay=group.weight_decay,
+                eps=p.epsilon,
+                amsgrad=False,
+                maximize=False,
+                grad_scale=None if gradient_scale == 1.0 else self._divisor,
+                found_inf=None,
+            )
