@@ -16,6 +16,7 @@ from megaseq.base.errors import (
     must,
 )
 from megaseq.base.nested_map import NestedMap
+from megaseq.base.overlay import apply_overrides, params_from_yaml
 from megaseq.base.packages import optional
 from megaseq.base.params import ParamsBase
 from megaseq.base.registry import register
@@ -38,9 +39,11 @@ __all__ = [
     "Problem",
     "RegistryError",
     "TrainingError",
+    "apply_overrides",
     "errors",
     "must",
     "optional",
+    "params_from_yaml",
     "register",
     "registry",
 ]

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import weakref
-from typing import Any
+from typing import Any, cast
 
+from megaseq.base.fields import ParamsMeta
 from megaseq.base.params import ParamsBase
 
 _by_name: weakref.WeakValueDictionary[str, type[Any]] = weakref.WeakValueDictionary()
@@ -56,8 +57,8 @@ def _bind(cls: type[Configurable]) -> None:
                 for params in dict.fromkeys(candidates)
                 if not any(other is not params and issubclass(other, params) for other in candidates)
             )
-        name = f"{cls.__qualname__}.Params"
-        own = type(parents[0])("Params", parents, {"__module__": cls.__module__, "__qualname__": name, "__doc__": None})
+        body = {"__module__": cls.__module__, "__qualname__": f"{cls.__qualname__}.Params", "__doc__": None}
+        own = cast(type[Any], ParamsMeta("Params", parents, body))
         cls.Params = own  # type: ignore[misc]
     own.cls = cls
     _by_name[class_name(cls)] = cls
@@ -75,3 +76,8 @@ def known_class(name: str) -> type[Configurable] | None:
 
 Configurable.Params.cls = Configurable
 _by_name[class_name(Configurable)] = Configurable
+
+
+def known_names() -> list[str]:
+    """Returns the full names of all imported Configurable classes."""
+    return list(_by_name)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from megaseq.base import paths, source
 from megaseq.base.errors import AsText, must
 from megaseq.base.typecheck import Mapping, coerce
+from megaseq.base.unset import REMOVE
 
 if TYPE_CHECKING:
     from megaseq.base.params import ParamsBase
@@ -39,6 +40,10 @@ class ParamsDict(dict[str, Any]):
         Raises:
             ParamsError: The params are frozen, or key or value is of the wrong type.
         """
+        if value is REMOVE:
+            self.item(key)
+            del self[key]
+            return
         path = paths.join(self.params_path, str(key))
         self._owner._refuse_if_frozen(path, value)
         # As a dict of one, so that the key is checked too.
@@ -79,7 +84,7 @@ class ParamsDict(dict[str, Any]):
         for key, value in dict(*args, **kwargs).items():
             self[key] = value
 
-    def __ior__(self, other: Any) -> ParamsDict:  # type: ignore[override,misc]
+    def __ior__(self, other: Any) -> ParamsDict:  # type: ignore[override]
         self.update(other)
         return self
 

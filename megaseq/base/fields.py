@@ -32,9 +32,10 @@ class Field(NamedTuple):
 class ParamsMeta(type):
     """Takes the fields out of the class body, so that instances hold their own values only."""
 
-    __params_fields__: dict[str, Field]
-    __params_hints__: dict[str, Any] | None
-    __params_scope__: dict[str, Any]
+    if typing.TYPE_CHECKING:
+        __params_fields__: dict[str, Field]
+        __params_hints__: dict[str, Any] | None
+        __params_scope__: dict[str, Any]
 
     def __new__(mcs, name: str, bases: tuple[type, ...], body: dict[str, Any]) -> ParamsMeta:
         """Makes the class; `body` loses its fields.
@@ -121,19 +122,17 @@ def _scope() -> dict[str, Any]:
     return {"__globals__": module, **{k: v for k, v in scope.items() if isinstance(v, type | types.GenericAlias)}}
 
 
-def fields_of(params_class: type[Any]) -> dict[str, Field]:
+def fields_of(params_class: ParamsMeta) -> dict[str, Field]:
     """Returns the fields of a Params class by name, those of the furthest parent first."""
-    assert isinstance(params_class, ParamsMeta)
     return params_class.__params_fields__
 
 
-def hints_of(params_class: type[Any]) -> dict[str, Any]:
+def hints_of(params_class: ParamsMeta) -> dict[str, Any]:
     """Returns the resolved type of each field.
 
     Raises:
         ParamsError: A type names something that does not exist.
     """
-    assert isinstance(params_class, ParamsMeta)
     if params_class.__dict__["__params_hints__"] is None:
         hints: dict[str, Any] = {}
         for field in params_class.__params_fields__.values():
@@ -162,7 +161,7 @@ def _resolve(field: Field) -> Any:
         ) from error
 
 
-def doc_of(params_class: type[Any], name: str) -> str:
+def doc_of(params_class: ParamsMeta, name: str) -> str:
     """Returns the string literal after the field, of the nearest class that has one; empty when none has."""
     for base in params_class.__mro__:
         if isinstance(base, ParamsMeta):

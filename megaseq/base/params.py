@@ -39,12 +39,12 @@ class ParamsBase(metaclass=ParamsMeta):
     """The Configurable class that these params make."""
 
     if TYPE_CHECKING:
-        _values: ClassVar[dict[str, Any]]
-        _writes: ClassVar[dict[str, tuple[Write, ...]]]
-        _owner: ClassVar[ParamsBase | None]
-        _key: ClassVar[str]
-        _place: ClassVar[str]
-        _frozen: ClassVar[bool]
+        _values: dict[str, Any]
+        _writes: dict[str, tuple[Write, ...]]
+        _owner: ParamsBase | None
+        _key: str
+        _place: str
+        _frozen: bool
     else:
         # Out of a type checker's sight: it shall know each field, and report every other name.
         def __init__(self, **values: Any) -> None:
@@ -96,7 +96,8 @@ class ParamsBase(metaclass=ParamsMeta):
         """
         from megaseq.base import access
 
-        access.put(self, keys=paths.split(path), value=lambda hint, at, current: value, origin=origin or source.caller())
+        origin = origin or source.caller()
+        access.put(self, keys=paths.split(path), value=lambda hint, at, current: value, origin=origin)
         return self
 
     def set_text(self, path: str, text: str, *, origin: str = "command line") -> Self:
@@ -293,9 +294,9 @@ class ParamsBase(metaclass=ParamsMeta):
     # ---- internals, shared within megaseq/base ---------------------------------------------------------------------
 
     def _start(self) -> None:
-        self._owner, self._key, self._place, self._frozen = None, "", "", False  # type: ignore[misc]
-        self._writes = {}  # type: ignore[misc]
-        self._values = {}  # type: ignore[misc]
+        self._owner, self._key, self._place, self._frozen = None, "", "", False
+        self._writes = {}
+        self._values = {}
         if "cls" not in _bound_names(type(self)):
             raise must(type(self).__qualname__, "be nested in a Configurable", AsText("a class of its own"))
         for name, default in _defaults_of(type(self)).items():
@@ -331,7 +332,7 @@ class ParamsBase(metaclass=ParamsMeta):
         if isinstance(value, ParamsBase):
             if always_copy or value._owner is not None or value._frozen or value is self._root():
                 value = value.copy()
-            value._owner, value._key = self, key  # type: ignore[misc]
+            value._owner, value._key = self, key
             return value
         if type(value) is tuple:
             items = (
@@ -349,7 +350,7 @@ class ParamsBase(metaclass=ParamsMeta):
 
     def _release(self, value: Any) -> None:
         if isinstance(value, ParamsBase):
-            value._place, value._owner, value._key = value.params_path, None, ""  # type: ignore[misc]
+            value._place, value._owner, value._key = value.params_path, None, ""
         elif isinstance(value, tuple):
             for item in value:
                 self._release(item)
@@ -418,8 +419,8 @@ def _rebuild(
     params = kind()
     for name, value in values.items():
         params._write(name, value, origin="")
-    params._writes = dict(writes)  # type: ignore[misc]
-    params._place = place  # type: ignore[misc]
+    params._writes = dict(writes)
+    params._place = place
     return params.freeze() if frozen else params
 
 
@@ -457,11 +458,16 @@ def holds_params(value: Any) -> bool:
     return isinstance(value, ParamsBase)
 
 
+def is_expanded(value: Any) -> bool:
+    """Whether the items of a container are written one a line: dicts with items, and tuples that hold params."""
+    return bool(value) if isinstance(value, dict) else holds_params(value)
+
+
 def _leaves(value: Any, *, path: str) -> Iterator[tuple[str, Any]]:
     if isinstance(value, ParamsBase):
         for below, leaf in value.leaves():
             yield paths.concat(path, below), leaf
-    elif holds_params(value):
+    elif is_expanded(value):
         for key, item in value.items() if isinstance(value, dict) else enumerate(value):
             yield from _leaves(item, path=paths.join(path, str(key)))
     else:

@@ -89,7 +89,7 @@ def params(name: str) -> Any:
 
 def load_all() -> None:
     """Imports every module below `megaseq.experiments` and below each entry point, once."""
-    for root in (_BUILT_IN, *(point.value.split(":")[0] for point in entry_points(group=_ENTRY_POINT_GROUP))):
+    for root in _roots():
         if root in _loaded:
             continue
         package = importlib.import_module(root)
@@ -100,7 +100,11 @@ def load_all() -> None:
 
 def packages() -> frozenset[str]:
     """Returns the top-level packages whose modules may be imported by name: megaseq and those of entry points."""
-    return frozenset(["megaseq", *(p.value.split(":")[0].split(".")[0] for p in entry_points(group=_ENTRY_POINT_GROUP))])
+    return frozenset(root.split(".")[0] for root in _roots())
+
+
+def _roots() -> list[str]:
+    return [_BUILT_IN, *(point.value.split(":")[0] for point in entry_points(group=_ENTRY_POINT_GROUP))]
 
 
 def _load_module_of(name: str) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 from megaseq.base import paths
 from megaseq.base.errors import AsText, ParamsError, must, shown, suggestion
 from megaseq.base.fields import ParamsMeta, type_text
-from megaseq.base.unset import Unset
+from megaseq.base.unset import REMOVE, Unset
 
 
 class Mapping(dict[str, Any]):
@@ -30,7 +30,7 @@ def coerce(value: Any, *, hint: Any, path: str) -> Any:
     Raises:
         ParamsError: The value is not of the type.
     """
-    if isinstance(value, Unset):
+    if isinstance(value, Unset) and value is not REMOVE:
         return value
     origin = typing.get_origin(hint)
     if origin is typing.Union or origin is types.UnionType:
@@ -53,14 +53,16 @@ def coerce(value: Any, *, hint: Any, path: str) -> Any:
     elif hint is float and type(value) is int:
         if abs(value) <= 2**53:
             return float(value)
-    elif _matches(value, hint, origin=origin):
+    elif matches(value, hint):
         if isinstance(value, str):
             _check_text(value, path=path)
         return value
-    raise _wrong(value, hint=hint, path=path)
+    raise wrong_type(value, hint=hint, path=path)
 
 
-def _matches(value: Any, hint: Any, *, origin: Any) -> bool:
+def matches(value: Any, hint: Any) -> bool:
+    """Whether a leaf `value` is of the type `hint` as it is, without conversion."""
+    origin = typing.get_origin(hint)
     if origin is typing.Literal:
         return any(type(value) is type(choice) and value == choice for choice in typing.get_args(hint))
     if hint is None or hint is type(None):
@@ -80,7 +82,7 @@ def _coerce_union(value: Any, *, hint: Any, path: str) -> Any:
     members = typing.get_args(hint)
     # A member that takes the value as it is goes before one that converts: 3 stays an int in `float | int`.
     for member in members:
-        if _matches(value, member, origin=typing.get_origin(member)):
+        if matches(value, member):
             return coerce(value, hint=member, path=path)
     problem: ParamsError | None = None
     for member in members:
@@ -90,7 +92,7 @@ def _coerce_union(value: Any, *, hint: Any, path: str) -> Any:
             # Of several refusals the one about an inner item tells more than the outer "must be A or B".
             if not str(error).startswith(f"{path}: "):
                 problem = error
-    raise problem or _wrong(value, hint=hint, path=path)
+    raise problem or wrong_type(value, hint=hint, path=path)
 
 
 def _coerce_tuple(value: Any, *, hint: Any, path: str) -> tuple[Any, ...]:
@@ -114,7 +116,8 @@ def _check_text(value: str, *, path: str) -> None:
         raise must(path, "be text that UTF-8 can write", value, "Remove the lone surrogate") from None
 
 
-def _wrong(value: Any, *, hint: Any, path: str) -> ParamsError:
+def wrong_type(value: Any, *, hint: Any, path: str) -> ParamsError:
+    """Returns the error that says which type `path` must have, and what `value` is."""
     kind = type(value)
     found = f"{shown(value)} ({kind.__name__})"
     remedy = ""
@@ -135,6 +138,13 @@ def _wrong(value: Any, *, hint: Any, path: str) -> ParamsError:
     return must(path, f"be {article}{rule}", AsText(found), remedy)
 
 
+def members(hint: Any) -> list[Any]:
+    """Returns the alternatives of a union, or the type alone."""
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        return [inner for member in typing.get_args(hint) for inner in members(member)]
+    return [hint]
+
+
 def check_hint(hint: Any, *, path: str) -> None:
     """Refuses types that params cannot hold.
 
@@ -148,15 +158,15 @@ def check_hint(hint: Any, *, path: str) -> None:
         inner = [arg for arg in args if arg is not Ellipsis and arg != ()]
     elif origin is dict and len(args) == 2 and args[0] is str:
         inner = [args[1]]
-    elif origin is typing.Literal or hint in (bool, int, float, str, None, type(None)):
-        inner = []
-    elif isinstance(hint, ParamsMeta) or (isinstance(hint, type) and issubclass(hint, enum.Enum)):
+    elif (
+        origin is typing.Literal
+        or hint in (bool, int, float, str, None, type(None))
+        or isinstance(hint, ParamsMeta)
+        or (isinstance(hint, type) and issubclass(hint, enum.Enum))
+    ):
         inner = []
     else:
-        raise must(
-            path,
-            "have a type made of bool, int, float, str, None, Literal, Enum, `|`, tuple[T, ...], dict[str, T] and Params",
-            AsText(type_text(hint)),
-        )
+        kinds = "bool, int, float, str, None, Literal, Enum, unions, tuple[T, ...], dict[str, T] and Params"
+        raise must(path, f"have a type made of {kinds}", AsText(type_text(hint)))
     for part in inner:
         check_hint(part, path=path)

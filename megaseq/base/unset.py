@@ -54,3 +54,6 @@ REQUIRED: Final[Any] = Unset("REQUIRED")
 
 FROM_PARENT: Final[Any] = Unset("FROM_PARENT")
 """Default of a param that the owning layer fills when it instantiates this child."""
+
+REMOVE: Final[Any] = Unset("!remove")
+"""Written to an item of a dict: takes the item out. In YAML and on the command line: `key: !remove`."""
