@@ -87,11 +87,12 @@ def source_lengths(source: NestedMap) -> torch.Tensor:
         known = source.get("lengths")
         if known is not None:
             return torch.as_tensor(known)
-        ids: torch.Tensor = source["ids"] if "ids" in source else source["features"]
+        ids = source["ids"] if "ids" in source else source["features"]
         return torch.full((ids.shape[0],), ids.shape[1], dtype=torch.long, device=ids.device)
     if segments.numel() and int(segments.max()) > 1:
         raise DecodeError(
             "source.segment_ids: must hold one source a row to be decoded, but holds "
             f"{int(segments.max())}. Decode bucketed batches, not packed ones."
         )
-    return (segments > 0).sum(dim=1)
+    lengths: torch.Tensor = (segments > 0).sum(dim=1)
+    return lengths

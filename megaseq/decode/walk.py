@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 
@@ -155,8 +155,8 @@ class _Outputs:
 
     def take(self, kept: torch.Tensor) -> _Outputs:
         """The outputs of some sources, `kept` [B']."""
-        values = (self.rows, self.keys, self.ids, self.logprob, self.sampled, self.ended, self.lengths)
-        return _Outputs(*(value[kept] for value in values), limits=self.limits.take(kept))
+        taken = {field.name: getattr(self, field.name)[kept] for field in fields(self) if field.name != "limits"}
+        return _Outputs(**taken, limits=self.limits.take(kept))
 
     def hypotheses(self) -> list[list[Hypothesis]]:
         """The outputs of each source, in the order of the samples."""
