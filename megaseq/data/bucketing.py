@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
+import numpy.typing as npt
 
+from megaseq.base import Problem
 from megaseq.data.order import Int64Array, permute
 from megaseq.data.plan import Batching, Lengths, Plan, sample_evenly
 
@@ -95,36 +97,31 @@ class Bucketing(Batching):
         pad_to_bound: bool = False
         """Pads to the bucket's bound, so that there are few shapes, instead of to the batch's longest rows."""
 
-        def validate(self) -> Iterator[Any]:
+        def validate(self) -> Iterator[Problem | str]:
             """Yields what contradicts itself."""
             yield from super().validate()
             for name in ("window", "num_buckets", "max_length", "multiple_of"):
                 if getattr(self, name) < 1:
-                    yield f"{name}: must be at least 1, but is {getattr(self, name)}. Set a positive number."
-            bounds, limits = self.bucket_upper_bound, self.bucket_batch_limit
+                    yield Problem(name, "be at least 1", getattr(self, name), "Set a positive number.")
+            yield from self._contradictions()
+
+        def _contradictions(self) -> Iterator[Problem]:
+            bounds, limits, max_tokens = self.bucket_upper_bound, self.bucket_batch_limit, self.max_tokens
             if any(bound < 1 for bound in bounds) or any(a >= b for a, b in itertools.pairwise(bounds)):
-                yield f"bucket_upper_bound: must ascend from at least 1, but is {bounds}. Sort it, drop what is twice."
-            if bool(limits) == (self.max_tokens is not None):
-                yield (
-                    f"bucket_batch_limit: must be set, or max_tokens, not both, but is {limits} with max_tokens "
-                    f"{self.max_tokens}. Set one of the two."
-                )
+                yield Problem("bucket_upper_bound", "ascend from at least 1", bounds, "Sort it, drop what is twice.")
+            if bool(limits) == (max_tokens is not None):
+                rule, remedy = f"be set where max_tokens (now {max_tokens}) is not", "Set one of the two."
+                yield Problem("bucket_batch_limit", rule, limits, remedy)
             if any(limit < 1 for limit in limits):
-                yield f"bucket_batch_limit: must be at least 1, but is {limits}. Set positive numbers."
+                yield Problem("bucket_batch_limit", "be at least 1", limits, "Set positive numbers.")
             if len(limits) > 1 and len(limits) != len(bounds):
-                yield (
-                    f"bucket_batch_limit: must have one number per bucket, but is {len(limits)} for {len(bounds)} "
-                    "bounds. Give one for each of bucket_upper_bound, or a single one for all."
-                )
-            if self.max_tokens is not None and self.max_tokens < 1:
-                yield f"max_tokens: must be at least 1, but is {self.max_tokens}. Set a positive number."
-            if self.bucket_key != "max":
-                for name in ("pad_to_bound", "max_tokens"):
-                    if getattr(self, name):
-                        yield (
-                            f"{name}: must go with bucket_key max, but is with {self.bucket_key}: the other side may "
-                            "be longer than the bound. Set bucket_key to max."
-                        )
+                rule = f"have one number, or one for each of the {len(bounds)} in bucket_upper_bound"
+                yield Problem("bucket_batch_limit", rule, limits, "Give as many limits as bounds, or one for all.")
+            if max_tokens is not None and max_tokens < 1:
+                yield Problem("max_tokens", "be at least 1", max_tokens, "Set a positive number.")
+            if self.bucket_key != "max" and (self.pad_to_bound or max_tokens is not None):
+                rule = "be max with pad_to_bound or max_tokens, as the other side may be longer than the bound"
+                yield Problem("bucket_key", rule, self.bucket_key, "Set it to max, or those two off.")
 
     params: Params
 
@@ -148,6 +145,12 @@ class Bucketing(Batching):
             return p.bucket_batch_limit if len(p.bucket_batch_limit) > 1 else p.bucket_batch_limit * len(self.bounds)
         whole = (p.max_tokens // bound // p.multiple_of * p.multiple_of for bound in self.bounds)
         return tuple(max(p.multiple_of, limit) for limit in whole)
+
+    def fits(self, *, source_lengths: Lengths, target_lengths: Lengths) -> npt.NDArray[np.bool_]:
+        """Returns which examples have a bucket."""
+        keys = bucket_keys(source_lengths=source_lengths, target_lengths=target_lengths, key=self.params.bucket_key)
+        fits: npt.NDArray[np.bool_] = keys <= self.bounds[-1]
+        return fits
 
     def plan(self, *, seed: int, epoch: int, window: int, source_lengths: Lengths, target_lengths: Lengths) -> Plan:
         """Fills the buckets in the epoch's order; what is left in them at the window's end makes smaller batches."""

@@ -64,6 +64,12 @@ def permute(
     return _permute_numpy(key=key, size=size, places=np.arange(start, stop, dtype=np.uint64))
 
 
+def permute_places(*, seed: int, epoch: int, stream: str, size: int, places: Int64Array) -> Int64Array:
+    """Returns any `places` of the permutation of [0, size) that `permute` gives ranges of, int64 like `places`."""
+    key = order_key(seed=seed, epoch=epoch, stream=stream)
+    return _permute_numpy(key=key, size=size, places=places.astype(np.uint64))
+
+
 def num_windows(*, size: int, window: int) -> int:
     """Returns in how many windows of at most `window` places an epoch of `size` places is split."""
     return -(-size // window)

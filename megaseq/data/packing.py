@@ -12,12 +12,12 @@ at a time. The C++ packer gives the same rows (csrc/packing.cc).
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from megaseq.base import native
+from megaseq.base import Problem, native
 from megaseq.data.order import Int64Array, permute
 from megaseq.data.plan import Batching, Lengths, Plan, sample_evenly
 
@@ -123,16 +123,16 @@ class Packing(Batching):
         lookahead: int = 64
         """Candidates to choose the next pair from."""
 
-        def validate(self) -> Iterator[Any]:
+        def validate(self) -> Iterator[Problem | str]:
             """Yields what is out of range."""
             yield from super().validate()
             for name in ("window", "rows", "multiple_of", "lookahead"):
                 if getattr(self, name) < 1:
-                    yield f"{name}: must be at least 1, but is {getattr(self, name)}. Set a positive number."
+                    yield Problem(name, "be at least 1", getattr(self, name), "Set a positive number.")
             for name in ("source_length", "target_length"):
                 value = getattr(self, name)
                 if value is not None and not 1 <= value <= MAX_ROW_LENGTH:
-                    yield f"{name}: must be from 1 to {MAX_ROW_LENGTH}, but is {value}. Set a length in this range."
+                    yield Problem(name, f"be from 1 to {MAX_ROW_LENGTH}", value, "Set a length in this range.")
 
     params: Params
 
@@ -152,10 +152,15 @@ class Packing(Batching):
         limit = MAX_ROW_LENGTH - MAX_ROW_LENGTH % p.multiple_of
         self.target_length = min(limit, max(1, -(-wanted // p.multiple_of)) * p.multiple_of)
 
+    def fits(self, *, source_lengths: Lengths, target_lengths: Lengths) -> npt.NDArray[np.bool_]:
+        """Returns which examples are no longer than a row."""
+        fits: npt.NDArray[np.bool_] = (source_lengths <= self.source_length) & (target_lengths <= self.target_length)
+        return fits
+
     def plan(self, *, seed: int, epoch: int, window: int, source_lengths: Lengths, target_lengths: Lengths) -> Plan:
         """Packs the window's examples; rows come in a random order, and the last batch may lack some."""
         p = self.params
-        fits = (source_lengths <= self.source_length) & (target_lengths <= self.target_length)
+        fits = self.fits(source_lengths=source_lengths, target_lengths=target_lengths)
         kept = np.flatnonzero(fits)
         packed = pack_rows(
             source_lengths=source_lengths[kept],

@@ -113,6 +113,11 @@ class Batching(Configurable):
     def fit(self, *, source_lengths: Lengths, target_lengths: Lengths) -> None:
         """Takes from the corpus' lengths [examples] what the params left open; the same lengths give the same."""
 
+    def fits(self, *, source_lengths: Lengths, target_lengths: Lengths) -> npt.NDArray[np.bool_]:
+        """Returns which examples `plan` has room for, after `fit`: those that it would not drop, [examples]."""
+        del target_lengths
+        return np.ones(len(source_lengths), dtype=np.bool_)
+
     def plan(self, *, seed: int, epoch: int, window: int, source_lengths: Lengths, target_lengths: Lengths) -> Plan:
         """Plans window `window` of epoch `epoch`: a pure function of the arguments, the params and what `fit` saw.
 
