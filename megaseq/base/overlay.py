@@ -12,7 +12,7 @@ from megaseq.base.container import ParamsDict
 from megaseq.base.errors import AsText, ParamsError, UnknownParamError, must
 from megaseq.base.fields import ParamsMeta, fields_of, hints_of
 from megaseq.base.nodes import Map, Node, Scalar, Sequence
-from megaseq.base.params import ParamsBase
+from megaseq.base.params import ParamsBase, same
 from megaseq.base.source import display_path
 from megaseq.base.typecheck import coerce, matches, members, wrong_type
 from megaseq.base.unset import FROM_PARENT, REMOVE, REQUIRED
@@ -140,12 +140,37 @@ def lay(params: ParamsBase, node: Map, *, replace: bool) -> None:
             current = params._values[name]
             path = paths.join(params.params_path, name)
             new = _over(current, entry, hint=hints[name], path=path, replace=replace)
-            if new is not current or not isinstance(new, ParamsBase | dict):
+            if replace:
+                _restore(params, name, new, entry=entry)
+            elif new is not current or not isinstance(new, ParamsBase | dict):
                 params._write(name, new, origin=entry.origin)
         except ParamsError as error:
             problems.append(str(located(error, where=entry.where)))
     if problems:
         raise LocatedError("\n".join(problems))
+
+
+def _restore(params: ParamsBase, name: str, new: Any, *, entry: Node) -> None:
+    """Writes what a full text says, with the origins in it; a default that the text took from the class stays one."""
+    current = params._values[name]
+    known = access.history(params, keys=[name])[-1].origin
+    if new is current or (same(new, current) and not isinstance(entry, Map)):
+        if entry.origin != known:
+            params._note(name, current, origin=entry.origin)
+        return
+    params._write(name, new, origin=entry.origin)
+    if not isinstance(new, ParamsBase):
+        _note_items(params, name, entry)
+
+
+def _note_items(params: ParamsBase, key: str, entry: Node) -> None:
+    if not isinstance(entry, Map):
+        return
+    for item, below in entry.entries.items():
+        at = paths.join(key, item)
+        params._note(at, access.get(params, keys=paths.split(at)), origin=below.origin)
+        if isinstance(below, Map) and "cls" not in below.entries:
+            _note_items(params, at, below)
 
 
 def _over(current: Any, node: Node, *, hint: Any, path: str, replace: bool) -> Any:

@@ -110,6 +110,8 @@ def _add_line(root: Map, *, line: str, where: str) -> None:
         first = above.entries[keys[-1]].where.rpartition(":")[2]
         raise must(where, "set each path once", AsText(f"a second value, after line {first}"), "Remove one of the two")
     above.entries[keys[-1]] = node
+    if keys[-1] == "cls":
+        above.where, above.origin = where, node.origin
 
 
 def _split_comment(text: str) -> tuple[str, str]:
