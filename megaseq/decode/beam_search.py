@@ -19,7 +19,7 @@ from megaseq.decode.errors import DecodeError
 from megaseq.decode.finished import Finished
 from megaseq.decode.hypothesis import Hypothesis
 from megaseq.decode.protocol import StepDecoder, step_with_attention
-from megaseq.decode.scoring import Scoring
+from megaseq.decode.scoring import Scoring, log_normalizer
 from megaseq.decode.search import Limits, Search, raise_nan
 from megaseq.decode.topk import NEG_INF
 
@@ -95,7 +95,7 @@ class BeamSearch(Search):
             p.length_normalization, p.length_penalty, p.coverage_penalty, p.target_seq_length_ratio
         )
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def search(
         self, decoder: StepDecoder, *, source: NestedMap, prefix: torch.Tensor | None = None
     ) -> list[list[Hypothesis]]:
@@ -194,10 +194,10 @@ class BeamSearch(Search):
             )
         scores = logits.view(batch, num_hyps, -1)
         # Subtracting the normaliser from the few best candidates spares writing all log-probabilities.
-        normalizer: torch.Tensor | None = scores.float().logsumexp(dim=-1)
+        normalizer: torch.Tensor | None = log_normalizer(scores)
         if self._constraints:
             if not self._constraints.only_mask:
-                scores, normalizer = scores.float().log_softmax(dim=-1), None
+                scores, normalizer = scores.float() - log_normalizer(scores).unsqueeze(-1), None
             view = View(ids=beam.ids, rows=beam.rows, last=last, eos_id=p.target_eos_id)
             scores = self._constraints(scores, view=view)
         if p.min_seq_len > step or p.min_length_ratio > 0:

@@ -39,3 +39,9 @@ class Scoring:
         ratio = self.target_seq_length_ratio
         per_position = (attention / ratio).clamp(0.001, 0.5).log()
         return ratio * self.coverage_penalty * (per_position * mask).sum(dim=-1)
+
+
+def log_normalizer(scores: torch.Tensor) -> torch.Tensor:
+    """log of the sum of exp of `scores` [..., V], fp32 [...]; 0 where all are -inf, which then stay -inf and not NaN."""
+    sums = scores.float().logsumexp(dim=-1)
+    return sums.masked_fill(sums == float("-inf"), 0.0)

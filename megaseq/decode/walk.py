@@ -10,6 +10,7 @@ from megaseq.base import NestedMap
 from megaseq.decode.constraints import View, forbid_early_end, force_prefix
 from megaseq.decode.hypothesis import Hypothesis
 from megaseq.decode.protocol import StepDecoder
+from megaseq.decode.scoring import log_normalizer
 from megaseq.decode.search import Limits, Search, raise_nan
 
 
@@ -42,7 +43,7 @@ class Walk(Search):
         """
         raise NotImplementedError
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def walk(
         self, decoder: StepDecoder, *, source: NestedMap, prefix: torch.Tensor | None, keys: torch.Tensor | None
     ) -> list[list[Hypothesis]]:
@@ -84,7 +85,7 @@ class Walk(Search):
         """Adds one token to every output; `logits` [B, N or 1, V]."""
         p, step = self.params, outputs.ids.shape[-1]
         scores = logits.float()
-        normalizer = scores.logsumexp(dim=-1)
+        normalizer = log_normalizer(scores)
         raw = scores
         if self._constraints:
             # At the first step all outputs of a source share one row of scores.
