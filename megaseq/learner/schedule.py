@@ -23,7 +23,7 @@ class Schedule(Configurable):
         return self.value(step=step, start=0)
 
     def value(self, *, step: int, start: int) -> float:
-        """Returns the multiplier at the absolute `step` >= `start` for a schedule that begins at `start`."""
+        """Returns the multiplier at the absolute `step` >= `start` - 1 for a schedule that begins at `start`."""
         raise NotImplementedError(f"{type(self).__name__}: must define value()")
 
 
@@ -31,4 +31,6 @@ def progress(*, step: int, start: int, end: int) -> float:
     """Returns how far `step` is on the way from `start` to `end`, within [0, 1]; 1 where the way has no length."""
     if step >= end:
         return 1.0
-    return max(0.0, (step - start) / (end - start))
+    if step <= start:
+        return 0.0
+    return (step - start) / (end - start)

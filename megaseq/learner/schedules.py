@@ -192,7 +192,7 @@ class Warmup(Schedule):
     """A straight ramp from `initial` to the first value of any other schedule, which begins where the ramp ends.
 
     At step s < num_steps the multiplier is (initial + (1 - initial) * (s + 1) / num_steps) times the other schedule's
-    value at `num_steps`. s + 1, not s: the first update would otherwise have a learning rate of 0 and be wasted.
+    value in the ramp's last step. s + 1, not s: the first update would otherwise have a rate of 0 and be wasted.
     """
 
     class Params(Schedule.Params):
@@ -222,4 +222,5 @@ class Warmup(Schedule):
         if step >= end:
             return self._schedule.value(step=step, start=end)
         ramp = p.initial + (1.0 - p.initial) * (step - start + 1) / p.num_steps
-        return ramp * self._schedule.value(step=end, start=end)
+        # The step before its start: there the inverse square root is still at 1, as the others are.
+        return ramp * self._schedule.value(step=end - 1, start=end)
