@@ -30,16 +30,14 @@ def apply(params: Params, *, configs: Sequence[str], overrides: Sequence[str], d
     Raises:
         ParamsError: a file that does not exist, an unknown path, a value of the wrong type.
     """
+    from megaseq.base import apply_overrides
+
     for name in configs:
         path = Path(name)
         if not path.is_file():
             raise must(f"-c {name}", "be a YAML file", AsText("missing"), "Check the path")
         params.apply_yaml(path.read_text(encoding="utf-8"), filename=name)
-    for text in overrides:
-        name, equals, value = text.partition("=")
-        if not equals:
-            raise must(text, "be a param to set, path=value", AsText("without ="), "Write, say, train.max_steps=1000")
-        params.set_text(name.strip(), value)
+    apply_overrides(params, assignments=overrides)
     if data_dir:
         set_data_dir(params, data_dir)
     return params
@@ -54,5 +52,5 @@ def set_data_dir(params: Params, data_dir: str) -> None:
     if not Path(data_dir).is_dir():
         raise must("--data-dir", "be a directory", data_dir, "Check the path")
     for path, value in list(params.leaves()):
-        if path.rpartition(".")[2] == "data_dir" and not value:
+        if path.rpartition(".")[2] == "data_dir" and value == "":
             params.set(path, data_dir, origin="--data-dir")

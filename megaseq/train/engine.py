@@ -123,16 +123,24 @@ class Engine:
 
     def state_tensors(self) -> dict[str, Tensor]:
         """Returns all tensors that a checkpoint keeps, by logical name: fp32 weights and the learner's state."""
-        weights = {f"task.{name}": master.detach() for name, master in self._weights.masters.items()}
+        weights = named_state(self.task) | {
+            f"task.{name}": master.detach() for name, master in self._weights.masters.items()
+        }
         return weights | self.learner.state_tensors()
 
     def load_state(self, tensors: Mapping[str, Tensor], *, learner_state: Mapping[str, Any]) -> None:
         """Takes back what `state_tensors` and the learner's `state` gave."""
         with torch.no_grad():
-            for name, master in self._weights.masters.items():
-                master.copy_(tensors[f"task.{name}"])
+            for name, tensor in self.state_tensors().items():
+                if tensor is not tensors[name]:
+                    tensor.copy_(tensors[name])
         self.learner.load(tensors=tensors, state=learner_state)
         self._weights.publish()
+
+
+def named_state(task: BaseTask) -> dict[str, Tensor]:
+    """Returns the parameters and persistent buffers of `task`, detached, under the names that checkpoints give them."""
+    return {f"task.{name}": tensor.detach() for name, tensor in task.state_dict(keep_vars=True).items()}
 
 
 def _read(outputs: list[LossOutput]) -> dict[str, tuple[float, float]]:

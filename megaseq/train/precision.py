@@ -41,6 +41,12 @@ def low_precision_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
     return {name: value for name, value in module.named_parameters() if name.rpartition(".")[0] not in norms}
 
 
+def lower_precision(module: nn.Module) -> None:
+    """Rounds the weights of `module` to bf16 in place, those of norms excepted; for decoding."""
+    for parameter in low_precision_parameters(module).values():
+        parameter.data = parameter.data.to(torch.bfloat16)
+
+
 class MasterWeights:
     """fp32 copies that the learner updates, and the compute weights of the module that follow them.
 

@@ -1,0 +1,201 @@
+"""What a run's checkpoint holds, and how it is restored: for training on, and for evaluation and decoding alone."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megaseq.base.errors import AsText, CheckpointError, must
+from megaseq.checkpoint import Checkpointer, OpenCheckpoint
+from megaseq.data.vocabulary import Vocabulary
+from megaseq.tasks.base import BaseTask
+from megaseq.train import parts
+from megaseq.train.engine import Engine, named_state
+from megaseq.train.experiment import Run
+from megaseq.train.precision import autocast, lower_precision, resolve_precision
+from megaseq.train.run_dir import RunDirectory, read_run_params
+
+PARAMS_FILE = "params.yaml"
+_AVERAGE_PREFIX = "ema."
+
+
+@dataclasses.dataclass(frozen=True)
+class Position:
+    """Where a run stands besides its tensors; all values are JSON."""
+
+    step: int
+    """Optimiser steps done."""
+    data: Mapping[str, Any]
+    """State of the training input: the next batch."""
+    meter: Mapping[str, Any]
+    """Figures summed since the last logged line."""
+    early_stop: Mapping[str, Any]
+    """Best watched figure so far."""
+
+
+class Saver:
+    """Saves and restores a run that trains."""
+
+    def __init__(self, params: Run.Params, *, run_dir: RunDirectory, vocabulary: Vocabulary, engine: Engine) -> None:
+        self._engine = engine
+        self._vocabulary = vocabulary
+        self._checkpointer: Checkpointer = params.checkpoint.instantiate(directory=run_dir.checkpoints)
+        self._files = {PARAMS_FILE: params.to_yaml().encode()} | {
+            f"{parts.VOCABULARY}/{name}": data for name, data in vocabulary.save_files().items()
+        }
+
+    def due(self, *, step: int) -> bool:
+        """Whether the schedule asks for a checkpoint after `step` steps."""
+        return self._checkpointer.should_save(step)
+
+    def save(self, position: Position, *, metrics: Mapping[str, float], wait: bool = False) -> None:
+        """Saves a checkpoint, in the background unless `wait` or the params say otherwise."""
+        state = dataclasses.asdict(position) | {
+            "learner": self._engine.learner.state(),
+            "vocabulary": self._vocabulary.fingerprint(),
+        }
+        self._checkpointer.save(
+            step=position.step,
+            tensors=self._engine.state_tensors(),
+            state=state,
+            files=self._files,
+            metrics=metrics,
+            wait=wait,
+        )
+
+    def wait(self) -> None:
+        """Returns when everything saved is on the disk; raises what went wrong."""
+        self._checkpointer.wait()
+
+    def restore(self, *, message: Callable[[str], object]) -> Position | None:
+        """Loads the newest whole checkpoint into the engine; None where the run has none yet.
+
+        Args:
+            message: told of newer checkpoints that are damaged and were passed over.
+
+        Raises:
+            CheckpointError: all are damaged, or they are another model's.
+            DataError: they were trained with another vocabulary.
+        """
+        if self._checkpointer.latest() is None:
+            return None
+        restored = self._checkpointer.restore(tensors=self._engine.state_tensors())
+        for line in restored.messages:
+            message(f"{line} Going on from step {restored.step}.")
+        state = restored.state
+        self._vocabulary.check_fingerprint(str(state.get("vocabulary")), where=str(restored.path))
+        self._engine.load_state(restored.tensors, learner_state=state["learner"])
+        return Position(
+            step=restored.step, data=state["data"], meter=state["meter"], early_stop=state["early_stop"]
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainedModel:
+    """A task with the weights of a checkpoint, ready to evaluate and decode; made from the checkpoint alone."""
+
+    params: Run.Params
+    vocabulary: Vocabulary
+    task: BaseTask
+    step: int
+    path: Path
+    precision: str
+
+    @contextlib.contextmanager
+    def evaluating(self) -> Iterator[BaseTask]:
+        """Gives the task in evaluation mode, with autograd off."""
+        self.task.eval()
+        device = next(self.task.parameters()).device
+        with torch.inference_mode(), autocast(resolve_precision(self.precision, device=device), device=device):
+            yield self.task
+
+
+def checkpoint_params(opened: OpenCheckpoint) -> Run.Params:
+    """Returns the run params that a checkpoint carries.
+
+    Raises:
+        CheckpointError: it carries none.
+    """
+    content = opened.files.get(PARAMS_FILE)
+    if content is None:
+        raise must(
+            str(opened.path),
+            f"carry {PARAMS_FILE}",
+            AsText("without"),
+            "Use a checkpoint that megaseq train or megaseq average has written",
+            kind=CheckpointError,
+        )
+    return read_run_params(content.decode(), filename=str(opened.path / "files" / PARAMS_FILE))
+
+
+def load_trained(
+    path: Path | str, *, edit: Callable[[Run.Params], object] = lambda params: None, averaged: bool = True
+) -> TrainedModel:
+    """Builds the task of a checkpoint, or of the newest of a run directory, and loads its weights.
+
+    Args:
+        path: of a checkpoint or a run directory.
+        edit: may change the params before anything is built, the data directory or the search, say.
+        averaged: use the moving averages where the checkpoint has them.
+
+    Raises:
+        CheckpointError: there is no checkpoint, it is damaged, or it does not fit its params.
+    """
+    opened = OpenCheckpoint(path)
+    params = checkpoint_params(opened)
+    edit(params)
+    parts.check_params(params)
+    vocabulary = parts.vocabulary_of(params, files=opened.files)
+    expected = opened.state.get("vocabulary")
+    if expected is not None:
+        vocabulary.check_fingerprint(str(expected), where=str(opened.path))
+    task: BaseTask = parts.task_params(params, vocabulary=vocabulary).instantiate()
+    _load_weights(task, opened=opened, averaged=averaged)
+    # Autocast pays for its casts once a step in training, but once a token in decoding: bf16 weights do not.
+    precision = resolve_precision(params.train.precision, device=torch.device("cpu"))
+    if precision == "bf16":
+        lower_precision(task)
+    return TrainedModel(
+        params=params,
+        vocabulary=vocabulary,
+        task=task,
+        step=opened.manifest.step,
+        path=opened.path,
+        precision=precision,
+    )
+
+
+def _load_weights(task: BaseTask, *, opened: OpenCheckpoint, averaged: bool) -> None:
+    """Fills the parameters and buffers of `task` from the checkpoint, frozen ones and buffers from the plain weights."""
+    own = named_state(task)
+    missing = sorted(name for name in own if name not in opened.entries)
+    if missing:
+        raise must(
+            str(opened.path),
+            "hold every parameter of its own params",
+            AsText(f"without {missing[0]} ({len(missing)} missing)"),
+            "Use the version of megaseq that wrote it",
+            kind=CheckpointError,
+        )
+    stored = {
+        name: f"{_AVERAGE_PREFIX}{name}" if averaged and f"{_AVERAGE_PREFIX}{name}" in opened.entries else name
+        for name in own
+    }
+    tensors: dict[str, Tensor] = {}
+    for name, tensor in own.items():
+        if tuple(opened.entries[stored[name]].size) != tuple(tensor.shape):
+            raise must(
+                f"{opened.path} {name}",
+                f"have the shape {list(tensor.shape)}",
+                AsText(str(list(opened.entries[stored[name]].size))),
+                "Leave the params of the model as they were",
+                kind=CheckpointError,
+            )
+        tensors[stored[name]] = tensor
+    opened.read_into(tensors)

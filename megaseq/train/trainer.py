@@ -1,0 +1,243 @@
+"""The training job: steps, with evaluation, decoding and saving in between, until done or told to stop."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from megaseq.base import NestedMap
+from megaseq.data.input import Input
+from megaseq.data.vocabulary import Vocabulary
+from megaseq.train import parts
+from megaseq.train.early_stop import EarlyStop
+from megaseq.train.engine import Engine
+from megaseq.train.experiment import Run
+from megaseq.train.meter import Meter
+from megaseq.train.program import Program
+from megaseq.train.run_dir import RunDirectory, write_atomically
+from megaseq.train.saving import Position, Saver
+from megaseq.train.signals import StopSignals
+from megaseq.train.tracking import Callback, Callbacks, RunFacts
+from megaseq.train.tracking.git import git_state
+from megaseq.train.validation import Validation
+
+
+class Trainer:
+    """Trains a run in its directory; made anew in the same directory, it goes on from the newest checkpoint."""
+
+    def __init__(
+        self,
+        params: Run.Params,
+        *,
+        run_dir: Path | str,
+        allow_changed_params: bool = False,
+        callbacks: Sequence[Callback] = (),
+    ) -> None:
+        """Checks everything that can be checked before a model is built.
+
+        Args:
+            params: complete; a copy is kept.
+            run_dir: made where it does not exist.
+            allow_changed_params: go on with a run that was begun with other params.
+            callbacks: further listeners, after the trackers of the params.
+
+        Raises:
+            ParamsError: the params have problems.
+            TrainingError: the directory holds something else.
+        """
+        parts.check_params(params)
+        self.params = params.copy().freeze()
+        self.run_dir = RunDirectory(run_dir)
+        self.changes = self.run_dir.prepare(self.params, allow_changed_params=allow_changed_params)
+        self._program: Program = self.params.train.instantiate()
+        self._callback = Callbacks([*self.params.tracking.instantiate().callbacks(run_dir=self.run_dir.path), *callbacks])
+        self._early_stop: EarlyStop = self.params.train.early_stop.instantiate()
+        self._meter = Meter()
+        self._signals = StopSignals()
+        self._step = 0
+        self._begun = time.monotonic()
+
+    def fit(self) -> str:
+        """Trains to the end; returns `finished`, or `stopped` after a signal, the state saved either way.
+
+        Raises:
+            MegaseqError: the data, the checkpoint or the training itself does not allow to go on.
+        """
+        parts.set_up_process(self.params)
+        status = "failed"
+        with self._signals:
+            try:
+                self._set_up()
+                status = self._finish_or_resume()
+            finally:
+                self.run_dir.write_status(step=self._step, status=status)
+                self._callback.on_finish(status=status)
+        return status
+
+    # ---- building ------------------------------------------------------------------------------------------------
+
+    def _set_up(self) -> None:
+        p = self.params
+        cache = parts.cache_dir(p, run_dir=self.run_dir.path)
+        self.vocabulary = self._open_vocabulary(cache)
+        self.data: Input = parts.train_input(p, vocabulary=self.vocabulary, cache=cache)
+        self.engine = Engine(
+            parts.task_params(p, vocabulary=self.vocabulary),
+            learner_params=p.learner,
+            seed=p.seed,
+            precision=p.train.precision,
+            accumulation=p.train.accumulation,
+        )
+        self._saver = Saver(p, run_dir=self.run_dir, vocabulary=self.vocabulary, engine=self.engine)
+        self._validation = Validation(
+            params=p,
+            vocabulary=self.vocabulary,
+            cache=cache,
+            run_dir=self.run_dir,
+            callback=self._callback,
+            keep_going=lambda: not self._signals.requested,
+            to_device=self.engine.to_device,
+        )
+
+    def _open_vocabulary(self, cache: Path) -> Vocabulary:
+        """Restores the vocabulary of the run, or builds it and keeps its files in the run directory."""
+        directory = self.run_dir.vocabulary
+        if directory.is_dir():
+            return parts.read_vocabulary(self.params, directory=directory)
+        vocabulary: Vocabulary = self.params.vocabulary.instantiate(
+            learn_from=self.params.train_input.source, cache_dir=cache
+        )
+        directory.mkdir(parents=True, exist_ok=True)
+        for name, data in vocabulary.save_files().items():
+            write_atomically(directory / name, data)
+        return vocabulary
+
+    # ---- the loop ------------------------------------------------------------------------------------------------
+
+    def _finish_or_resume(self) -> str:
+        position = self._saver.restore(message=self._callback.on_message)
+        if position is not None:
+            self._take(position)
+        max_steps = self.params.train.max_steps
+        if self._step >= max_steps:
+            self._callback.on_message(
+                f"{self.run_dir.path}: already trained to step {self._step} of train.max_steps={max_steps}, nothing to do. "
+                "Raise train.max_steps to train on, or choose another --run-dir."
+            )
+            return "finished"
+        self._announce(resumed=position is not None)
+        status = self._train()
+        self._saver.wait()
+        return status
+
+    def _take(self, position: Position) -> None:
+        self._step = position.step
+        self.data.load_state_dict(position.data)
+        self._meter.load_state_dict(position.meter)
+        self._early_stop.load_state_dict(position.early_stop)
+
+    def _announce(self, *, resumed: bool) -> None:
+        p = self.params
+        facts = RunFacts(
+            name=p.name,
+            run_dir=self.run_dir.path,
+            params={path: value for path, value in p.leaves()},
+            first_step=self._step,
+            max_steps=p.train.max_steps,
+            git=git_state(),
+        )
+        self._callback.on_start(facts)
+        self.run_dir.write_status(step=self._step, status="running")
+        count = sum(parameter.numel() for parameter in self.engine.task.parameters())
+        begin = f"goes on from step {self._step}" if resumed else "begins"
+        self._callback.on_message(
+            f"{p.name} {begin} in {self.run_dir.path}: {count / 1e6:.1f} M parameters, {self.engine.precision}, "
+            f"vocabulary of {self.vocabulary.source.vocab_size}/{self.vocabulary.target.vocab_size} tokens"
+        )
+        for line in self.changes:
+            self._callback.on_message(f"changed: {line}")
+
+    def _train(self) -> str:
+        batches = iter(self.data)
+        while not self._signals.requested:
+            begin = time.perf_counter()
+            batch: NestedMap = next(batches)
+            fetched = time.perf_counter()
+            result = self.engine.train_step(batch, step=self._step)
+            self._step += 1
+            self._meter.add(
+                result, batch=batch, seconds=time.perf_counter() - begin, wait_seconds=fetched - begin
+            )
+            if result.skipped:
+                self._callback.on_message(
+                    f"step {self._step}: skipped, its gradient norm {result.grad_norm:g} is {result.skipped}"
+                )
+            self._callback.on_progress(step=self._step)
+            if self._after_step(learning_rate=result.learning_rate):
+                return "stopped" if self._signals.requested else "finished"
+        # A signal came between two steps, or while the last ones were evaluated.
+        self._save(metrics={})
+        self._callback.on_message(f"{self._signals.requested}: saved at step {self._step}, the same command goes on")
+        return "stopped"
+
+    def _after_step(self, *, learning_rate: float) -> bool:
+        """Logs, evaluates, decodes and saves what is due after the step; returns whether the run has ended."""
+        step = self._step
+        reason = self._reason_to_end()
+        if step % self.params.train.log_interval_steps == 0 or reason:
+            self._log(learning_rate=learning_rate)
+        figures = self._validate(at_end=bool(reason))
+        self._early_stop.observe(figures, step=step)
+        reason = reason or self._early_stop.reason_to_stop(step=step)
+        if self._signals.requested:
+            return False
+        if reason or self._saver.due(step=step):
+            self._save(metrics=figures)
+        if reason:
+            self._callback.on_message(f"finished at step {step}: {reason}")
+        return bool(reason)
+
+    def _reason_to_end(self) -> str:
+        p = self.params.train
+        if self._step >= p.max_steps:
+            return f"train.max_steps is {p.max_steps}"
+        if p.max_minutes and time.monotonic() - self._begun >= 60 * p.max_minutes:
+            return f"train.max_minutes is {p.max_minutes:g}"
+        return ""
+
+    def _log(self, *, learning_rate: float) -> None:
+        figures = self._meter.read() | {
+            "train/learning_rate": learning_rate,
+            "train/skipped_steps": float(self.engine.learner.num_skipped),
+        }
+        self._callback.on_metrics(figures, step=self._step)
+
+    def _validate(self, *, at_end: bool) -> dict[str, float]:
+        p, step = self.params.train, self._step
+        if not self.params.eval_inputs:
+            return {}
+        evaluates = self._program.eval_due(step) or (at_end and p.eval_at_end)
+        decodes = self._program.decode_due(step) or (at_end and p.decode_at_end)
+        if not (evaluates or decodes):
+            return {}
+        figures: dict[str, float] = {}
+        with self.engine.evaluating() as task:
+            if evaluates:
+                figures |= self._validation.evaluate(task, step=step)
+            if decodes and not self._signals.requested:
+                limit = 0 if at_end else p.decode_max_examples
+                figures |= self._validation.decode(task, step=step, max_examples=limit)
+        return figures
+
+    def _save(self, *, metrics: dict[str, float]) -> None:
+        self._saver.save(
+            Position(
+                step=self._step,
+                data=self.data.state_dict(),
+                meter=self._meter.state_dict(),
+                early_stop=self._early_stop.state_dict(),
+            ),
+            metrics=metrics,
+        )
+        self.run_dir.write_status(step=self._step, status="running")
