@@ -102,26 +102,44 @@ class Bucketing(Batching):
             yield from super().validate()
             for name in ("window", "num_buckets", "max_length", "multiple_of"):
                 if getattr(self, name) < 1:
-                    yield Problem(name, "be at least 1", getattr(self, name), "Set a positive number.")
+                    yield Problem(
+                        path=name, rule="be at least 1", value=getattr(self, name), remedy="Set a positive number."
+                    )
             yield from self._contradictions()
 
         def _contradictions(self) -> Iterator[Problem]:
             bounds, limits, max_tokens = self.bucket_upper_bound, self.bucket_batch_limit, self.max_tokens
             if any(bound < 1 for bound in bounds) or any(a >= b for a, b in itertools.pairwise(bounds)):
-                yield Problem("bucket_upper_bound", "ascend from at least 1", bounds, "Sort it, drop what is twice.")
+                yield Problem(
+                    path="bucket_upper_bound",
+                    rule="ascend from at least 1",
+                    value=bounds,
+                    remedy="Sort it, drop what is twice.",
+                )
             if bool(limits) == (max_tokens is not None):
                 rule, remedy = f"be set where max_tokens (now {max_tokens}) is not", "Set one of the two."
-                yield Problem("bucket_batch_limit", rule, limits, remedy)
+                yield Problem(path="bucket_batch_limit", rule=rule, value=limits, remedy=remedy)
             if any(limit < 1 for limit in limits):
-                yield Problem("bucket_batch_limit", "be at least 1", limits, "Set positive numbers.")
+                yield Problem(
+                    path="bucket_batch_limit", rule="be at least 1", value=limits, remedy="Set positive numbers."
+                )
             if len(limits) > 1 and len(limits) != len(bounds):
                 rule = f"have one number, or one for each of the {len(bounds)} in bucket_upper_bound"
-                yield Problem("bucket_batch_limit", rule, limits, "Give as many limits as bounds, or one for all.")
+                yield Problem(
+                    path="bucket_batch_limit",
+                    rule=rule,
+                    value=limits,
+                    remedy="Give as many limits as bounds, or one for all.",
+                )
             if max_tokens is not None and max_tokens < 1:
-                yield Problem("max_tokens", "be at least 1", max_tokens, "Set a positive number.")
+                yield Problem(
+                    path="max_tokens", rule="be at least 1", value=max_tokens, remedy="Set a positive number."
+                )
             if self.bucket_key != "max" and (self.pad_to_bound or max_tokens is not None):
                 rule = "be max with pad_to_bound or max_tokens, as the other side may be longer than the bound"
-                yield Problem("bucket_key", rule, self.bucket_key, "Set it to max, or those two off.")
+                yield Problem(
+                    path="bucket_key", rule=rule, value=self.bucket_key, remedy="Set it to max, or those two off."
+                )
 
     params: Params
 

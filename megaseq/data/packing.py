@@ -128,11 +128,18 @@ class Packing(Batching):
             yield from super().validate()
             for name in ("window", "rows", "multiple_of", "lookahead"):
                 if getattr(self, name) < 1:
-                    yield Problem(name, "be at least 1", getattr(self, name), "Set a positive number.")
+                    yield Problem(
+                        path=name, rule="be at least 1", value=getattr(self, name), remedy="Set a positive number."
+                    )
             for name in ("source_length", "target_length"):
                 value = getattr(self, name)
                 if value is not None and not 1 <= value <= MAX_ROW_LENGTH:
-                    yield Problem(name, f"be from 1 to {MAX_ROW_LENGTH}", value, "Set a length in this range.")
+                    yield Problem(
+                        path=name,
+                        rule=f"be from 1 to {MAX_ROW_LENGTH}",
+                        value=value,
+                        remedy="Set a length in this range.",
+                    )
 
     params: Params
 
@@ -264,13 +271,13 @@ class _Lanes:
         for step in range(self.chosen.shape[1]):
             left_source = room_source[lanes, None] - self.pool_source[lanes]
             left_target = room_target[lanes, None] - self.pool_target[lanes]
-            fits = (left_source >= 0) & (left_target >= 0)
+            fits: npt.NDArray[np.bool_] = np.logical_and(left_source >= 0, left_target >= 0)
             left_source *= self.weights[0]
             left_target *= self.weights[1]
             score = 2 * np.abs(left_source - left_target) + left_source + left_target
             score[~fits] = np.iinfo(np.int32).max
             slots = score.argmin(axis=1)
-            begins = ~fits.any(axis=1)
+            begins: npt.NDArray[np.bool_] = np.logical_not(np.any(fits, axis=1))
             slots[begins] = self.pool[lanes[begins]].argmin(axis=1)
             going = self.pool[lanes, slots] != _NEVER
             if not drain:
@@ -293,4 +300,5 @@ class _Lanes:
 
     def leftover(self) -> Int64Array:
         """Returns the examples that wait for the next round, oldest first within a lane, lane after lane."""
-        return self.waiting[np.sort(self.pool[self.pool != _NEVER])]
+        left: Int64Array = np.sort(self.pool[self.pool != _NEVER])
+        return np.take(self.waiting, left)
