@@ -31,12 +31,25 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Returns the parsed command line; a mistake in it ends the process with a line on stderr and exit code 2."""
+    parser = build_parser()
+    arguments, rest = parser.parse_known_args(argv)
+    # argparse gives up on a list of positionals that options interrupt: NAME a=1 --run-dir R b=2.
+    strays = [text for text in rest if text.startswith("-") or "=" not in text]
+    if strays or (rest and not hasattr(arguments, "overrides")):
+        parser.error(f"unrecognized arguments: {' '.join(strays or rest)}")
+    if rest:
+        arguments.overrides = [*arguments.overrides, *rest]
+    return arguments
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line `argv`, by default that of the process; returns the exit code.
 
     0: done, or stopped by a signal after saving. 2: a mistake of the user's, named in one line on stderr.
     """
-    arguments = build_parser().parse_args(argv)
+    arguments = parse(argv)
     try:
         return int(arguments.run(arguments) or 0)
     except MegaseqError as error:
