@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -43,8 +43,22 @@ def apply(params: Params, *, configs: Sequence[str], overrides: Sequence[str], d
     return params
 
 
-def set_data_dir(params: Params, data_dir: str) -> None:
-    """Sets every empty `data_dir` field in the tree.
+def editor(arguments: argparse.Namespace) -> Callable[[Params], object]:
+    """Returns what applies the overrides of `arguments` to the params of a checkpoint.
+
+    There the data directory replaces the one that the run was trained with, which may be of another machine.
+    """
+
+    def edit(params: Params) -> None:
+        if arguments.data_dir:
+            set_data_dir(params, arguments.data_dir, only_empty=False)
+        apply(params, configs=arguments.config, overrides=arguments.overrides)
+
+    return edit
+
+
+def set_data_dir(params: Params, data_dir: str, *, only_empty: bool = True) -> None:
+    """Sets every `data_dir` field in the tree, or every empty one.
 
     Raises:
         ParamsError: `data_dir` is no directory.
@@ -52,5 +66,5 @@ def set_data_dir(params: Params, data_dir: str) -> None:
     if not Path(data_dir).is_dir():
         raise must("--data-dir", "be a directory", data_dir, "Check the path")
     for path, value in list(params.leaves()):
-        if path.rpartition(".")[2] == "data_dir" and value == "":
+        if path.rpartition(".")[2] == "data_dir" and (value == "" or not only_empty):
             params.set(path, data_dir, origin="--data-dir")

@@ -10,6 +10,7 @@ from megaseq.base import Configurable, NestedMap
 from megaseq.data.input import Input
 from megaseq.data.vocabulary import Vocabulary
 from megaseq.tasks.base import BaseTask
+from megaseq.tasks.scoring import Score
 from megaseq.train import parts
 from megaseq.train.decoding import DecodedSet, decode_set, write_decodes
 from megaseq.train.evaluation import evaluate
@@ -35,6 +36,8 @@ class Validation:
     keep_going: Callable[[], bool] = lambda: True
     """Asked between batches; on False what runs is given up without a figure."""
     to_device: Callable[[NestedMap], NestedMap] = _unmoved
+    last_scores: dict[str, dict[str, Score]] = dataclasses.field(default_factory=dict)
+    """Scores, with signatures, of what was decoded last, by input."""
     _inputs: dict[str, Input] = dataclasses.field(default_factory=dict)
     _texts: dict[tuple[str, int], tuple[list[str], list[str]]] = dataclasses.field(default_factory=dict)
 
@@ -73,10 +76,12 @@ class Validation:
             max_examples: examples of each input, the first ones; 0: all.
         """
         figures: dict[str, float] = {}
+        self.last_scores = {}
         for name, _ in parts.chosen_inputs(self.params, names=self.params.train.decode_names):
             decoded = self.decode_input(task, name=name, search=search, max_examples=max_examples)
             if not decoded.scores:
                 return {}
+            self.last_scores[name] = decoded.scores
             figures |= {f"decode/{name}/{key}": score.value for key, score in decoded.scores.items()}
             if self.run_dir is not None:
                 write_decodes(decoded, directory=self.run_dir.decodes(step=step), name=name)

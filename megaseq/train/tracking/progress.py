@@ -69,6 +69,16 @@ def samples_text(samples: Sequence[Sample], *, name: str, step: int) -> str:
     return "\n".join(lines).rstrip()
 
 
+class SamplesPrinter(Callback):
+    """Prints decoded samples and nothing else."""
+
+    def __init__(self, stream: IO[str]) -> None:
+        self._stream = stream
+
+    def on_samples(self, samples: Sequence[Sample], *, step: int, name: str) -> None:
+        print(samples_text(samples, name=name, step=step), file=self._stream)
+
+
 class BarProgress(Callback):
     """A rich progress bar with loss, tokens/s and the time left; other lines scroll above it."""
 
