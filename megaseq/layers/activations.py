@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-ActivationName = Literal["relu", "gelu", "gelu_tanh", "gelu_new", "silu", "swish", "sigmoid", "tanh", "relu2", "identity"]
+ActivationName = Literal[
+    "relu", "gelu", "gelu_tanh", "gelu_new", "silu", "swish", "sigmoid", "tanh", "relu2", "identity"
+]
 
 
 def _gelu_tanh(x: Tensor) -> Tensor:

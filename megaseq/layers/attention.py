@@ -81,11 +81,15 @@ class Attention(Branch):
             elif self.num_key_value_heads is not None and (
                 self.num_key_value_heads < 1 or self.num_heads % self.num_key_value_heads
             ):
-                yield (f"num_key_value_heads: must divide num_heads ({self.num_heads}), but is "
-                       f"{self.num_key_value_heads}. None is one for each query head.")
+                yield (
+                    f"num_key_value_heads: must divide num_heads ({self.num_heads}), but is "
+                    f"{self.num_key_value_heads}. None is one for each query head."
+                )
             elif self.head_dim is None and self.model_dim % self.num_heads:
-                yield (f"num_heads: must divide model_dim ({self.model_dim}), but is {self.num_heads}. "
-                       "Choose another number, or set head_dim.")
+                yield (
+                    f"num_heads: must divide model_dim ({self.model_dim}), but is {self.num_heads}. "
+                    "Choose another number, or set head_dim."
+                )
 
     params: Params
 
@@ -109,11 +113,17 @@ class Attention(Branch):
     def attend(
         self, query: Tensor, *, key: Tensor, value: Tensor, mask: AttentionMask | None, bias: Tensor | None
     ) -> Tensor:
-        """Attends with `query` [B, T, N, H] to `key` and `value` [B, S, M, H]; returns the heads side by side [B, T, N*H]."""
+        """Attends with `query` [B, T, N, H] to `key` and `value` [B, S, M, H]; returns heads side by side [B, T, N*H]."""
         rate = self.params.attention_dropout
         dropout = DropoutMask(rate=rate, key=self.dropout_key(site=1)) if self.training and rate else None
         heads = attention(
-            query, key=key, value=value, mask=mask, bias=bias, scale=self.scale, soft_cap=self.params.soft_cap,
+            query,
+            key=key,
+            value=value,
+            mask=mask,
+            bias=bias,
+            scale=self.scale,
+            soft_cap=self.params.soft_cap,
             dropout=dropout,
         )
         return heads.flatten(2)
@@ -151,8 +161,8 @@ class SelfAttention(Attention):
 
     def split(self, fused: Tensor, *, rotation: Rotation | None) -> tuple[Tensor, Tensor, Tensor]:
         """Returns the queries [B, T, N, H], keys and values [B, T, M, H] of what `qkv` made, normed and turned."""
-        heads = (self.num_heads, self.num_key_value_heads, self.num_key_value_heads)
-        query, key, value = fused.unflatten(-1, (-1, self.head_dim)).split(heads, dim=2)
+        heads = [self.num_heads, self.num_key_value_heads, self.num_key_value_heads]
+        query, key, value = torch.split(fused.view(*fused.shape[:2], -1, self.head_dim), heads, dim=2)
         if self.query_norm is not None:
             query = self.query_norm(query)
         if self.key_norm is not None:
@@ -222,7 +232,10 @@ class CrossAttention(Attention):
     def project_query(self, x: Tensor) -> Tensor:
         """Returns the queries [B, T, N, H] of the residual stream `x` [B, T, D]."""
         query = self.query(self.enter(x)).view(*x.shape[:2], self.num_heads, self.head_dim)
-        return query if self.query_norm is None else self.query_norm(query)
+        if self.query_norm is not None:
+            out: Tensor = self.query_norm(query)
+            return out
+        return query
 
     def weights(self, x: Tensor, *, key: Tensor, mask: AttentionMask | None) -> Tensor:
         """Returns the attention weights [B, N, T, S] that `forward` uses; slow, for those who want to see them."""
@@ -234,4 +247,4 @@ class CrossAttention(Attention):
         if mask is not None:
             allowed = mask.allowed(query_length=x.shape[1], key_length=key.shape[1], device=x.device)
             scores = scores.masked_fill(~allowed, float("-inf"))
-        return scores.softmax(dim=-1)
+        return torch.softmax(scores, dim=-1)

@@ -1,4 +1,4 @@
-"""Layer, the base of every module: parameters that describe themselves, first values and dropout that know their path."""
+"""Layer, the base of every module; first values of parameters and dropout masks are functions of their paths."""
 
 from __future__ import annotations
 
@@ -49,7 +49,14 @@ class Layer(nn.Module, Configurable):
         self.context = StepContext()
 
     def create_parameter(
-        self, name: str, *, shape: tuple[int, ...], axes: tuple[Axis, ...], init: Initializer, parts: tuple[int, ...] = ()
+        self,
+        name: str,
+        *,
+        shape: tuple[int, ...],
+        axes: tuple[Axis, ...],
+        init: Initializer,
+        parts: tuple[int, ...] = (),
+        part_inits: tuple[Initializer, ...] = (),
     ) -> nn.Parameter:
         """Registers and returns an uninitialised float32 parameter; `initialize` gives it its values.
 
@@ -59,17 +66,26 @@ class Layer(nn.Module, Configurable):
             axes: logical axis of each dimension, None for one that is never sharded.
             init: first values.
             parts: sizes along dimension 0 of fused projections, see `ParameterSpec`.
+            part_inits: first values of each part, where they differ.
 
         Raises:
             ParamsError: axes that do not fit the shape or are unknown, parts that do not add up.
         """
         if len(axes) != len(shape) or not set(axes) <= AXES | {None}:
-            raise must(name, f"have one logical axis of {sorted(AXES)} or None a dimension", f"{axes} for {shape}",
-                       "Correct create_parameter's axes", kind=ParamsError)
+            raise must(
+                name,
+                f"have one logical axis of {sorted(AXES)} or None a dimension",
+                f"{axes} for {shape}",
+                "Correct create_parameter's axes",
+                kind=ParamsError,
+            )
         if parts and sum(parts) != shape[0]:
             raise must(name, f"have parts that add up to {shape[0]}", parts, "Correct the parts", kind=ParamsError)
+        if part_inits and len(part_inits) != len(parts):
+            raise must(name, f"have an initialiser for each of {len(parts)} parts", len(part_inits), "Give one each")
         parameter = nn.Parameter(torch.empty(shape, dtype=torch.float32))
-        parameter.spec = ParameterSpec(shape=shape, axes=axes, init=init, parts=parts)  # type: ignore[attr-defined]
+        spec = ParameterSpec(shape=shape, axes=axes, init=init, parts=parts, part_inits=part_inits)
+        parameter.spec = spec  # type: ignore[attr-defined]
         self.register_parameter(name, parameter)
         return parameter
 
@@ -129,8 +145,9 @@ def initialize(module: nn.Module, *, seed: int, prefix: str = "task") -> None:
             generator.manual_seed(stable_hash(f"{seed}/{path}"))
             direct = parameter.device.type == "cpu" and parameter.dtype == torch.float32
             values = parameter.data if direct else torch.empty(spec.shape, dtype=torch.float32, device="cpu")
-            for part in values.split(list(spec.parts)) if spec.parts else (values,):
-                spec.init.fill(part, generator=generator, axes=spec.axes)
+            parts = torch.split(values, list(spec.parts)) if spec.parts else (values,)
+            for part, init in zip(parts, spec.part_inits or (spec.init,) * len(parts), strict=True):
+                init.fill(part, generator=generator, axes=spec.axes)
             if not direct:
                 parameter.copy_(values)
 

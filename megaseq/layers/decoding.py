@@ -41,13 +41,10 @@ def prefill(decoder: Decoder, *, memory: NestedMap) -> NestedMap:
     segment_ids: Tensor | None = memory.segment_ids
     if segment_ids is not None and bool((segment_ids > 0).all()):
         segment_ids = None
-    pairs = []
-    for layer in _layers(decoder):
-        if layer.cross_attention is None:
-            pairs.append(None)
-            continue
-        key, value = layer.cross_attention.project_memory(memory.states)
-        pairs.append((key, value))
+    pairs = [
+        None if layer.cross_attention is None else layer.cross_attention.project_memory(memory.states)
+        for layer in _layers(decoder)
+    ]
     state = NestedMap(
         length=0,
         num_sources=memory.states.shape[0],
@@ -64,9 +61,7 @@ def prefill(decoder: Decoder, *, memory: NestedMap) -> NestedMap:
     return state
 
 
-def step(
-    decoder: Decoder, *, state: NestedMap, x: Tensor, need_attention: bool = False
-) -> tuple[Tensor, NestedMap]:
+def step(decoder: Decoder, *, state: NestedMap, x: Tensor, need_attention: bool = False) -> tuple[Tensor, NestedMap]:
     """Runs one token of every hypothesis through the decoder.
 
     Args:

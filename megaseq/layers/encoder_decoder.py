@@ -62,11 +62,15 @@ class EncoderDecoder(Layer):
             encoder_dim = self.model_dim if self.encoder.model_dim is FROM_PARENT else self.encoder.model_dim
             decoder_dim = self.model_dim if self.decoder.model_dim is FROM_PARENT else self.decoder.model_dim
             if self.target_embedding is None and encoder_dim != decoder_dim:
-                yield (f"target_embedding: must be set when decoder.model_dim ({decoder_dim}) is not "
-                       f"encoder.model_dim ({encoder_dim}), but is None. Give the target its own embedding.")
+                yield (
+                    f"target_embedding: must be set when decoder.model_dim ({decoder_dim}) is not "
+                    f"encoder.model_dim ({encoder_dim}), but is None. Give the target its own embedding."
+                )
             if self.target_embedding is None and self.source_vocab_size != self.target_vocab_size:
-                yield (f"target_embedding: must be set when target_vocab_size ({self.target_vocab_size}) is not "
-                       f"source_vocab_size ({self.source_vocab_size}), but is None. Give the target its own embedding.")
+                yield (
+                    f"target_embedding: must be set when target_vocab_size ({self.target_vocab_size}) is not "
+                    f"source_vocab_size ({self.source_vocab_size}), but is None. Give the target its own embedding."
+                )
 
     params: Params
 

@@ -42,6 +42,8 @@ class Constant(Initializer):
         value: float = 0.0
         """What every element becomes."""
 
+    params: Params
+
     def fill(self, tensor: Tensor, *, generator: torch.Generator, axes: Sequence[Axis]) -> None:
         """Sets every element of `tensor` to `value`."""
         tensor.fill_(self.params.value)
@@ -58,6 +60,8 @@ class Gaussian(Initializer):
             """Refuses a negative deviation."""
             if self.std < 0:
                 yield f"std: must be at least 0, but is {self.std}. Give a positive deviation."
+
+    params: Params
 
     def fill(self, tensor: Tensor, *, generator: torch.Generator, axes: Sequence[Axis]) -> None:
         """Draws `tensor` from N(0, std^2)."""
@@ -77,6 +81,8 @@ class ScaledInitializer(Initializer):
             """Refuses a negative gain."""
             if self.gain < 0:
                 yield f"gain: must be at least 0, but is {self.gain}. Give a positive gain."
+
+    params: Params
 
     def std(self, tensor: Tensor) -> float:
         """Returns the standard deviation that `tensor` [output, input] gets."""
@@ -111,7 +117,7 @@ class TruncatedGaussian(ScaledInitializer):
 
 
 class ScaledUniform(ScaledInitializer):
-    """Uniform values with variance `gain`^2 / fan; with `fan` = `average` it is Xavier's, the original Transformer's."""
+    """Uniform values with variance `gain`^2 / fan; with `fan` = `average` they are Xavier's."""
 
     class Params(ScaledInitializer.Params):
         fan: Literal["in", "out", "average"] = "average"

@@ -27,6 +27,8 @@ class Linear(Layer):
         """Whether there is a bias; of a fused projection also one flag for each part (Whisper's keys have none)."""
         init: Initializer.Params = ScaledUniform.Params()
         """First values of the matrix, each part on its own."""
+        part_inits: tuple[Initializer.Params, ...] = ()
+        """First values of each fused part, where they differ (T5's queries); empty: `init` for all."""
 
         def validate(self) -> Iterator[str]:
             """Refuses widths below one."""
@@ -54,7 +56,12 @@ class Linear(Layer):
         if len(flags) != len(widths):
             raise must("bias", f"be one flag or {len(widths)} flags", p.bias, "Give one flag for each fused projection")
         self.weight = self.create_parameter(
-            "weight", shape=(p.output_dim, p.input_dim), axes=axes, init=p.init.instantiate(), parts=parts
+            "weight",
+            shape=(p.output_dim, p.input_dim),
+            axes=axes,
+            init=p.init.instantiate(),
+            parts=parts,
+            part_inits=tuple(init.instantiate() for init in p.part_inits),
         )
         biased = tuple(width for width, flag in zip(widths, flags, strict=True) if flag)
         self.bias: nn.Parameter | None

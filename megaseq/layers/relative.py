@@ -57,8 +57,10 @@ class BucketedBias(PositionBias):
             if self.num_buckets < 4 or self.num_buckets % 2:
                 yield f"num_buckets: must be an even number of at least 4, but is {self.num_buckets}. T5 has 32."
             if self.max_distance <= self.num_buckets // 2:
-                yield (f"max_distance: must be above half of num_buckets, but is {self.max_distance}. "
-                       "T5 has 128 with 32 buckets.")
+                yield (
+                    f"max_distance: must be above half of num_buckets, but is {self.max_distance}. "
+                    "T5 has 128 with 32 buckets."
+                )
 
     params: Params
 

@@ -53,9 +53,7 @@ class TransformerLayer(Layer):
         super().__init__(p)
         shared = {name: getattr(p, name) for name in ("model_dim", "norm", "residual", "dropout", "bias")}
         attention = {**shared, "attention_dropout": p.attention_dropout}
-        self.self_attention: SelfAttention = inherit(
-            p.self_attention, **attention, causal=p.causal
-        ).instantiate()
+        self.self_attention: SelfAttention = inherit(p.self_attention, **attention, causal=p.causal).instantiate()
         self.cross_attention: CrossAttention | None = None
         if p.cross_attention is not None:
             self.cross_attention = inherit(p.cross_attention, **attention, memory_dim=p.memory_dim).instantiate()
@@ -107,7 +105,7 @@ class Stack(Layer):
         position_bias: PositionBias.Params | None = None
         """A bias on the scores that all layers share (T5, ALiBi); None is none."""
         dropout: float = 0.0
-        """Dropout of the embeddings, of every branch and, after a final norm, of the output if `output_dropout`."""
+        """Dropout of the embeddings and of every branch."""
         output_dropout: bool = False
         """Whether the stack's output is dropped out too (T5)."""
         attention_dropout: float = 0.0
@@ -127,16 +125,19 @@ class Stack(Layer):
                 yield f"num_layers: must be at least 1, but is {self.num_layers}. 6 is usual."
             for key in self.layers:
                 if not (key.isdecimal() and key == str(int(key)) and int(key) < self.num_layers):
-                    yield (f"layers.{key}: must be an index from 0 to {self.num_layers - 1}, but is {key!r}. "
-                           "Remove it or raise num_layers.")
+                    yield (
+                        f"layers.{key}: must be an index from 0 to {self.num_layers - 1}, but is {key!r}. "
+                        "Remove it or raise num_layers."
+                    )
 
     params: Params
     causal = False
 
     def __init__(self, p: Params) -> None:
         super().__init__(p)
-        names = ("model_dim", "memory_dim", "norm", "residual", "dropout", "attention_dropout", "activation_dropout", "bias")
-        shared = {name: getattr(p, name) for name in names}
+        widths = ("model_dim", "memory_dim")
+        others = ("norm", "residual", "dropout", "attention_dropout", "activation_dropout", "bias")
+        shared = {name: getattr(p, name) for name in (*widths, *others)}
         self.positions: Positions | None = None
         if p.positions is not None:
             self.positions = inherit(p.positions, model_dim=p.model_dim).instantiate()

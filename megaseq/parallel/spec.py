@@ -32,5 +32,7 @@ class ParameterSpec:
     init: Fill
     """First values."""
     parts: tuple[int, ...] = ()
-    """Sizes along dimension 0 of what is fused in this parameter (query, key and value, say), empty for one. Each part is
-    initialised, and is to be sharded, as if it were a parameter of its own."""
+    """Sizes along dimension 0 of what is fused in this parameter (query, key and value, say), empty for one. Each part
+    is initialised, and is to be sharded, as if it were a parameter of its own."""
+    part_inits: tuple[Fill, ...] = ()
+    """First values of each part, where they differ; empty: `init` for all."""
