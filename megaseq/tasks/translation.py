@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
-from megaseq.base import Configurable, NestedMap, Problem
+from megaseq.base import Configurable, NestedMap
 from megaseq.decode import BeamSearch, Hypothesis, Search
 from megaseq.kernels.cross_entropy import CrossEntropy, linear_cross_entropy
 from megaseq.layers.encoder_decoder import EncoderDecoder
@@ -22,7 +23,7 @@ class Translation(BaseTask, EncoderDecoder):
         search: Search.Params = BeamSearch.Params()
         """How the task decodes: beam search, greedy or sampling."""
 
-        def validate(self) -> Iterator[Problem | str]:
+        def validate(self) -> Iterator[Any]:
             """Reports values out of range."""
             yield from super().validate()
             if not 0.0 <= self.label_smoothing < 1.0:

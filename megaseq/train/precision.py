@@ -57,7 +57,7 @@ class MasterWeights:
         self._compute = dict(module.named_parameters())
         self.masters: dict[str, torch.Tensor] = dict(self._compute)
         """What the learner owns, by parameter name."""
-        self._low: list[nn.Parameter] = []
+        self._low: list[torch.Tensor] = []
         self._high: list[torch.Tensor] = []
         if precision != "bf16":
             return
