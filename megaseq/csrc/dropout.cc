@@ -11,7 +11,7 @@ namespace {
 // All indices of a block have the same high word, so only 32-bit arithmetic is left in the loops.
 struct Block {
   std::uint32_t low;       // lo * 0x9E3779B1 + key_lo of the block's first element.
-  std::uint32_t high;      // key_hi + hi * 0x27D4EB2F.
+  std::uint32_t high;      // w.
   std::uint32_t threshold;
 };
 
@@ -22,7 +22,15 @@ inline std::uint32_t hash(const Block& block, std::uint32_t element) {
   h = (h ^ (h >> 16)) * 0x85EBCA6Bu;
   h ^= block.high;
   h = (h ^ (h >> 13)) * 0xC2B2AE35u;
-  return h ^ (h >> 16);
+  h = (h ^ (h >> 16)) * 0x27D4EB2Fu;
+  return h ^ (h >> 15);
+}
+
+std::uint32_t mix_high(std::uint32_t key_high, std::uint32_t high) {
+  std::uint32_t w = key_high + high * 0x27D4EB2Fu;
+  w = (w ^ (w >> 16)) * 0x85EBCA6Bu;
+  w = (w ^ (w >> 13)) * 0xC2B2AE35u;
+  return w ^ (w >> 16);
 }
 
 // Calls work(block, first element, count) for each part of the stream with one high word.
@@ -37,7 +45,7 @@ void for_blocks(std::size_t count, const DropoutStream& stream, Work work) {
     const auto high = static_cast<std::uint32_t>(index >> 32);
     const std::uint64_t until_wrap = (std::uint64_t{1} << 32) - low;
     const auto size = static_cast<std::size_t>(std::min<std::uint64_t>(count - first, until_wrap));
-    work(Block{low * kStride + key_low, key_high + high * 0x27D4EB2Fu, stream.threshold}, first, size);
+    work(Block{low * kStride + key_low, mix_high(key_high, high), stream.threshold}, first, size);
     first += size;
   }
 }

@@ -2,14 +2,21 @@
 //
 // With key_lo, key_hi the low and high 32 bits of `key`, lo and hi those of the index i, and all arithmetic modulo 2^32:
 //
+//   w = key_hi + hi * 0x27D4EB2F
+//   w = (w ^ (w >> 16)) * 0x85EBCA6B
+//   w = (w ^ (w >> 13)) * 0xC2B2AE35
+//   w = w ^ (w >> 16)                      one word for 2^32 elements
+//
 //   h = lo * 0x9E3779B1 + key_lo
 //   h = (h ^ (h >> 16)) * 0x85EBCA6B
-//   h = h ^ (key_hi + hi * 0x27D4EB2F)
+//   h = h ^ w
 //   h = (h ^ (h >> 13)) * 0xC2B2AE35
-//   h = h ^ (h >> 16)
+//   h = (h ^ (h >> 16)) * 0x27D4EB2F
+//   h = h ^ (h >> 15)
 //   element i is kept if h >= threshold, so it is dropped with probability threshold / 2^32.
 //
-// The finaliser is that of MurmurHash3 (Austin Appleby, public domain). Element j of a call has index offset + j, so any
+// Two rounds after w, because with one the masks of two keys that differ in their high word are visibly correlated. The
+// rounds are those of MurmurHash3's finaliser (Austin Appleby, public domain). Element j of a call has index offset + j, so any
 // part of a tensor can be computed on its own, and in any order.
 #pragma once
 

@@ -30,15 +30,26 @@ def host_keep_mask(count: int, *, key: int, offset: int, threshold: int) -> Tens
         np.right_shift(h, 16, out=s)
         np.bitwise_xor(h, s, out=h)
         np.multiply(h, np.uint32(FIRST_MULTIPLIER), out=h)
-        np.bitwise_xor(h, np.uint32(((key >> 32) + (index >> 32) * HIGH_STRIDE) & WORD), out=h)
+        np.bitwise_xor(h, np.uint32(_high_word(key, index)), out=h)
         np.right_shift(h, 13, out=s)
         np.bitwise_xor(h, s, out=h)
         np.multiply(h, np.uint32(SECOND_MULTIPLIER), out=h)
         np.right_shift(h, 16, out=s)
         np.bitwise_xor(h, s, out=h)
+        np.multiply(h, np.uint32(HIGH_STRIDE), out=h)
+        np.right_shift(h, 15, out=s)
+        np.bitwise_xor(h, s, out=h)
         np.greater_equal(h, np.uint32(threshold), out=kept[first : first + size])
         first += size
     return torch.from_numpy(kept)
+
+
+def _high_word(key: int, index: int) -> int:
+    """What the high words of the key and of the index add to every hash of a piece."""
+    word = ((key >> 32) + (index >> 32) * HIGH_STRIDE) & WORD
+    word = ((word ^ (word >> 16)) * FIRST_MULTIPLIER) & WORD
+    word = ((word ^ (word >> 13)) * SECOND_MULTIPLIER) & WORD
+    return word ^ (word >> 16)
 
 
 def native_apply(values: Tensor, *, extension: Any, key: int, offset: int, threshold: int, scale: float) -> Tensor:

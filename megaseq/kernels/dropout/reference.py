@@ -26,6 +26,10 @@ def keep_mask(count: int, *, key: int, offset: int, threshold: int, device: torc
     low, high = index & WORD, (index >> 32) & WORD
     word = (low * STRIDE + (key & WORD)) & WORD
     word = ((word ^ (word >> 16)) * FIRST_MULTIPLIER) & WORD
-    word = word ^ (((key >> 32) + high * HIGH_STRIDE) & WORD)
+    mixed = ((key >> 32) + high * HIGH_STRIDE) & WORD
+    mixed = ((mixed ^ (mixed >> 16)) * FIRST_MULTIPLIER) & WORD
+    mixed = ((mixed ^ (mixed >> 13)) * SECOND_MULTIPLIER) & WORD
+    word = word ^ mixed ^ (mixed >> 16)
     word = ((word ^ (word >> 13)) * SECOND_MULTIPLIER) & WORD
-    return (word ^ (word >> 16)) >= threshold
+    word = ((word ^ (word >> 16)) * HIGH_STRIDE) & WORD
+    return (word ^ (word >> 15)) >= threshold
