@@ -62,7 +62,7 @@ def owner_of(params: ParamsBase, *, keys: list[str]) -> tuple[ParamsBase, str]:
 
 def history(params: ParamsBase, *, keys: list[str]) -> list[Write]:
     """Returns the writes to the value at `keys`, the class default first."""
-    if keys[-1] == "cls":
+    if keys[-1] == "cls" and isinstance(get(params, keys=keys[:-1]), ParamsBase):
         keys = keys[:-1]
         if not keys:
             return [Write(f"class {params.cls.__qualname__}", params.cls.__name__)]

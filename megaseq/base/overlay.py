@@ -182,9 +182,11 @@ def _over(current: Any, node: Node, *, hint: Any, path: str, replace: bool) -> A
             return _over_tuple(node, hint=hint, path=path, replace=replace)
         kinds = members(hint)
         has_dict = any(typing.get_origin(kind) is dict for kind in kinds)
-        if isinstance(current, ParamsDict) and not replace and "cls" not in node.entries:
+        # A dict may have an item called cls; it is a class where the type allows params.
+        is_params = isinstance(node.entries.get("cls"), Scalar) and any(isinstance(kind, ParamsMeta) for kind in kinds)
+        if isinstance(current, ParamsDict) and not replace and not is_params:
             return _over_dict(current, node, path=path)
-        if has_dict and not isinstance(current, ParamsBase) and "cls" not in node.entries:
+        if has_dict and not isinstance(current, ParamsBase) and not is_params:
             item_hint = next(typing.get_args(kind)[1] for kind in kinds if typing.get_origin(kind) is dict)
             return {
                 key: _over(None, item, hint=item_hint, path=paths.join(path, key), replace=replace)

@@ -62,7 +62,7 @@ def flow(value: Any) -> str:
     if isinstance(value, dict):
         return f"{{{', '.join(f'{paths.quoted(key)}: {flow(item)}' for key, item in value.items())}}}"
     if isinstance(value, enum.Enum):
-        return value.name if isinstance(nodes.natural(value.name), str) else paths.quoted(value.name)
+        return value.name
     if value is None:
         return "null"
     if isinstance(value, bool):

@@ -10,6 +10,7 @@ from typing import Any
 from megaseq.base import paths
 from megaseq.base.errors import AsText, ParamsError, must, shown, suggestion
 from megaseq.base.fields import ParamsMeta, type_text
+from megaseq.base.nodes import natural
 from megaseq.base.unset import REMOVE, Unset
 
 
@@ -152,6 +153,11 @@ def check_hint(hint: Any, *, path: str) -> None:
         ParamsError: `hint` is not built of int, float, bool, str, None, Literal, Enum, unions, tuple, dict, Params.
     """
     origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if isinstance(hint, type) and issubclass(hint, enum.Enum):
+        for name in hint.__members__:
+            if name in ("REQUIRED", "FROM_PARENT") or not isinstance(natural(name), str):
+                rule = "be an Enum whose names YAML reads as text"
+                raise must(path, rule, AsText(f"{hint.__qualname__} with {name}"), "Rename the member")
     if origin in (typing.Union, types.UnionType):
         inner = list(args)
     elif origin is tuple:
