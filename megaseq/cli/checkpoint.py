@@ -37,7 +37,7 @@ def register(subparsers: _SubParsersAction[argparse.ArgumentParser]) -> None:
 
 def add_average(subparsers: _SubParsersAction[argparse.ArgumentParser]) -> None:
     """Adds the parser of `average`, which is also a command of its own."""
-    average = actions.add_parser(
+    average = subparsers.add_parser(
         "average",
         help="average the parameters of several checkpoints",
         description="Writes the mean of the parameters of several checkpoints, as a checkpoint or a .safetensors file.",

@@ -98,7 +98,7 @@ def _lines(name: str) -> Iterator[str]:
     """
     try:
         # Not text mode: its universal newlines would split a line at a lone carriage return.
-        stream = sys.stdin.buffer if name == "-" else Path(name).open("rb")
+        stream = sys.stdin.buffer if name == "-" else Path(name).open("rb")  # noqa: SIM115
     except OSError as error:
         reason = error.strerror or str(error)
         raise must(f"--input {name}", "be a readable file", AsText(reason), "Check the path", kind=DataError) from None

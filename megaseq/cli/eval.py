@@ -16,7 +16,7 @@ def register(subparsers: _SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = subparsers.add_parser(
         "eval",
         help="evaluate a checkpoint, or follow a run",
-        description="Prints the loss on the evaluation inputs. PATH is a checkpoint or a run directory (its newest one).",
+        description="Prints the loss on the evaluation inputs. PATH is a checkpoint, or a run directory: its newest.",
         allow_abbrev=False,
     )
     add_job_arguments(parser)
@@ -28,7 +28,7 @@ def add_job_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("path", metavar="PATH", help="a checkpoint or a run directory")
     overrides.add_arguments(parser)
     parser.add_argument("--watch", action="store_true", help="follow the run directory PATH: each checkpoint once")
-    parser.add_argument("--poll-seconds", type=float, default=5.0, metavar="S", help="how often --watch looks; default: 5")
+    parser.add_argument("--poll-seconds", type=float, default=5.0, metavar="S", help="pause of --watch; default: 5")
     parser.add_argument(
         "--raw-weights", action="store_true", help="use the weights themselves where moving averages are kept"
     )

@@ -18,7 +18,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "-c", "--config", action="append", default=[], metavar="FILE.yaml", help="YAML overlay; later ones win"
     )
-    parser.add_argument("--data-dir", default="", metavar="DIR", help="where inputs that name no data_dir find their files")
+    parser.add_argument(
+        "--data-dir", default="", metavar="DIR", help="where inputs without a data_dir find their files"
+    )
     parser.add_argument(
         "overrides", nargs="*", default=[], metavar="path=value", help="params to set, e.g. train.max_steps=1000"
     )

@@ -16,7 +16,7 @@ def register(subparsers: _SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = subparsers.add_parser(
         "train",
         help="train an experiment, or go on with its run",
-        description="Trains the experiment NAME. In a run directory that has a checkpoint, goes on from the newest one.",
+        description="Trains the experiment NAME. In a run directory with a checkpoint, goes on from there.",
         allow_abbrev=False,
     )
     parser.add_argument("name", metavar="NAME", help="registered experiment; `megaseq params list` shows them")
@@ -35,9 +35,7 @@ def run(arguments: argparse.Namespace) -> int:
     from megaseq.base import registry
 
     params = registry.params(arguments.name)
-    overrides.apply(
-        params, configs=arguments.config, overrides=arguments.overrides, data_dir=arguments.data_dir
-    )
+    overrides.apply(params, configs=arguments.config, overrides=arguments.overrides, data_dir=arguments.data_dir)
     from megaseq.train.trainer import Trainer
 
     trainer = Trainer(

@@ -23,7 +23,9 @@ class Score:
 
 def exact_match(*, hypotheses: Sequence[str], references: Sequence[str]) -> float:
     """Percentage of hypotheses that equal their reference up to surrounding white space, 0 to 100."""
-    same = sum(hypothesis.strip() == reference.strip() for hypothesis, reference in zip(hypotheses, references, strict=True))
+    same = sum(
+        hypothesis.strip() == reference.strip() for hypothesis, reference in zip(hypotheses, references, strict=True)
+    )
     return 100.0 * same / max(1, len(hypotheses))
 
 

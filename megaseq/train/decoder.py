@@ -52,9 +52,7 @@ def decode_checkpoint(
     return run_once(Job(name="decode", work=work, edit=edit, averaged=averaged), path=path, callback=callback)
 
 
-def watch(
-    path: Path | str, *, report: Report, edit: Edit, averaged: bool = True, poll_seconds: float = 5.0
-) -> None:
+def watch(path: Path | str, *, report: Report, edit: Edit, averaged: bool = True, poll_seconds: float = 5.0) -> None:
     """Decodes with each checkpoint of the run in `path` once, until training is finished; figures go to RUN/decode."""
 
     def work(model: TrainedModel, validation: Validation) -> dict[str, float]:
@@ -85,7 +83,5 @@ def decode_lines(
     rest = iter(lines)
     while chunk := [line.rstrip("\r\n") for line in itertools.islice(rest, lines_at_once)]:
         with model.evaluating() as task:
-            decoded = decode_texts(
-                task, texts=chunk, vocabulary=model.vocabulary, search=task.default_search()
-            )
+            decoded = decode_texts(task, texts=chunk, vocabulary=model.vocabulary, search=task.default_search())
         yield from zip(chunk, decoded, strict=True)

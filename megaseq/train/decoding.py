@@ -117,9 +117,7 @@ def decode_set(
     keep_going: Callable[[], bool] = lambda: True,
 ) -> DecodedSet:
     """Decodes and scores a data set; the scores are empty where it was ended early."""
-    hypotheses = decode_texts(
-        task, texts=sources, vocabulary=vocabulary, search=search, keep_going=keep_going
-    )
+    hypotheses = decode_texts(task, texts=sources, vocabulary=vocabulary, search=search, keep_going=keep_going)
     decoded = DecodedSet(sources=list(sources), references=list(references), hypotheses=hypotheses, scores={})
     if keep_going():
         decoded.scores.update(corpus_scores(hypotheses=decoded.outputs, references=decoded.references))
@@ -127,7 +125,7 @@ def decode_set(
 
 
 def write_decodes(decoded: DecodedSet, *, directory: Path, name: str) -> None:
-    """Writes NAME.hyp.txt (best texts), NAME.ref.txt, NAME.src.txt, NAME.jsonl (n best, scores) and NAME.scores.json."""
+    """Writes NAME.hyp.txt (best texts), .ref.txt, .src.txt, .jsonl (n best with scores) and .scores.json."""
 
     def lines(texts: Sequence[str]) -> str:
         return "".join(text.replace("\n", " ") + "\n" for text in texts)
@@ -151,9 +149,7 @@ def nbest_lines(sources: Sequence[str], *, hypotheses: Sequence[Sequence[TextHyp
         json.dumps(
             {
                 "source": source,
-                "hypotheses": [
-                    {"text": h.text, "score": number(h.score), "logprob": number(h.logprob)} for h in found
-                ],
+                "hypotheses": [{"text": h.text, "score": number(h.score), "logprob": number(h.logprob)} for h in found],
             },
             ensure_ascii=False,
         )

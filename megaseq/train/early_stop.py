@@ -26,7 +26,7 @@ class EarlyStop(Configurable):
             """Reports values out of range."""
             yield from super().validate()
             if self.metric and self.window_steps < 1:
-                yield f"window_steps: must be at least 1 where metric is set, but is {self.window_steps}. Set both, or neither."
+                yield f"window_steps: must be at least 1 with a metric, but is {self.window_steps}. Set both or none."
 
     params: Params
 

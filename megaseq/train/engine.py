@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -11,8 +12,8 @@ import torch
 from torch import Tensor
 
 from megaseq.base import NestedMap
-from megaseq.learner import Learner
 from megaseq.layers.base import bind, initialize
+from megaseq.learner import Learner
 from megaseq.tasks.base import BaseTask, LossOutput
 from megaseq.train.precision import MasterWeights, autocast, resolve_precision
 
@@ -41,7 +42,7 @@ def split_rows(batch: NestedMap, *, parts: int) -> list[NestedMap]:
     rows = tensors[0].shape[0]
     parts = min(parts, rows)
     bounds = [rows * index // parts for index in range(parts + 1)]
-    return [batch.pack([tensor[start:stop] for tensor in tensors]) for start, stop in zip(bounds, bounds[1:], strict=False)]
+    return [batch.pack([tensor[start:stop] for tensor in tensors]) for start, stop in itertools.pairwise(bounds)]
 
 
 class Engine:
@@ -119,7 +120,7 @@ class Engine:
         """Returns `batch` with its tensors on the engine's device."""
         if self.device.type == "cpu":
             return batch
-        return batch.transform(lambda value: value.to(self.device, non_blocking=True) if isinstance(value, Tensor) else value)
+        return batch.transform(lambda value: value.to(self.device, non_blocking=True))
 
     def state_tensors(self) -> dict[str, Tensor]:
         """Returns all tensors that a checkpoint keeps, by logical name: fp32 weights and the learner's state."""

@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from megaseq.base.errors import AsText, CheckpointError, TrainingError, must
-from megaseq.checkpoint import find_checkpoint
 from megaseq.train import parts
 from megaseq.train.experiment import Run
 from megaseq.train.run_dir import RunDirectory
@@ -59,7 +58,7 @@ def run_once(job: Job, *, path: Path | str, callback: Callback | None = None) ->
 
 
 def watch_run(job: Job, *, path: Path | str, poll_seconds: float = 5.0) -> None:
-    """Does the job on every checkpoint of the run in `path` as it appears, each once; returns when training is finished.
+    """Does the job on every checkpoint of the run in `path` as it appears, each once, until training is finished.
 
     Raises:
         TrainingError: `path` is no run directory.

@@ -81,9 +81,7 @@ def train_input(params: Run.Params, *, vocabulary: Vocabulary, cache: Path) -> I
     return made
 
 
-def eval_inputs(
-    params: Run.Params, *, names: tuple[str, ...], vocabulary: Vocabulary, cache: Path
-) -> dict[str, Input]:
+def eval_inputs(params: Run.Params, *, names: tuple[str, ...], vocabulary: Vocabulary, cache: Path) -> dict[str, Input]:
     """Returns the evaluation inputs called `names`, or all if there are none.
 
     Raises:
@@ -117,5 +115,3 @@ def all_texts(input_params: Input.Params, *, limit: int = 0) -> tuple[list[str],
             if limit and len(sources) >= limit:
                 return sources[:limit], references[:limit]
     return sources, references
-
-

@@ -1,11 +1,11 @@
 """The layout of a run directory, and the rules for going on in one that exists.
 
-    RUN/params.yaml, params.txt     what is run; the text form says where each value was set
-    RUN/vocabulary/                 the tokenizers' files
-    RUN/metrics.jsonl               all figures
-    RUN/checkpoints/step_00001000/  weights, optimizer state, position in the data; also params and tokenizers
-    RUN/decodes/step_00001000/      hypotheses, references and scores
-    RUN/status.json                 how far the trainer is, and whether it has finished
+RUN/params.yaml, params.txt     what is run; the text form says where each value was set
+RUN/vocabulary/                 the tokenizers' files
+RUN/metrics.jsonl               all figures
+RUN/checkpoints/step_00001000/  weights, optimizer state, position in the data; also params and tokenizers
+RUN/decodes/step_00001000/      hypotheses, references and scores
+RUN/status.json                 how far the trainer is, and whether it has finished
 """
 
 from __future__ import annotations
@@ -146,7 +146,9 @@ def read_run_params(text: str, *, filename: str) -> Run.Params:
     """
     params = params_from_yaml(text, filename=filename)
     if not isinstance(params, Run.Params):
-        raise must(filename, "hold the params of a run", type(params).__qualname__, "Check the path", kind=TrainingError)
+        raise must(
+            filename, "hold the params of a run", type(params).__qualname__, "Check the path", kind=TrainingError
+        )
     return params
 
 

@@ -91,9 +91,7 @@ class Saver:
         state = restored.state
         self._vocabulary.check_fingerprint(str(state.get("vocabulary")), where=str(restored.path))
         self._engine.load_state(restored.tensors, learner_state=state["learner"])
-        return Position(
-            step=restored.step, data=state["data"], meter=state["meter"], early_stop=state["early_stop"]
-        )
+        return Position(step=restored.step, data=state["data"], meter=state["meter"], early_stop=state["early_stop"])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,7 +170,7 @@ def load_trained(
 
 
 def _load_weights(task: BaseTask, *, opened: OpenCheckpoint, averaged: bool) -> None:
-    """Fills the parameters and buffers of `task` from the checkpoint, frozen ones and buffers from the plain weights."""
+    """Fills parameters and buffers of `task` from the checkpoint, those without an average from the plain weights."""
     own = named_state(task)
     missing = sorted(name for name in own if name not in opened.entries)
     if missing:

@@ -51,7 +51,9 @@ class Trainer:
         self.run_dir = RunDirectory(run_dir)
         self.changes = self.run_dir.prepare(self.params, allow_changed_params=allow_changed_params)
         self._program: Program = self.params.train.instantiate()
-        self._callback = Callbacks([*self.params.tracking.instantiate().callbacks(run_dir=self.run_dir.path), *callbacks])
+        self._callback = Callbacks(
+            [*self.params.tracking.instantiate().callbacks(run_dir=self.run_dir.path), *callbacks]
+        )
         self._early_stop: EarlyStop = self.params.train.early_stop.instantiate()
         self._meter = Meter()
         self._signals = StopSignals()
@@ -122,7 +124,7 @@ class Trainer:
         max_steps = self.params.train.max_steps
         if self._step >= max_steps:
             self._callback.on_message(
-                f"{self.run_dir.path}: already trained to step {self._step} of train.max_steps={max_steps}, nothing to do. "
+                f"{self.run_dir.path}: already trained to step {self._step} of train.max_steps={max_steps}. "
                 "Raise train.max_steps to train on, or choose another --run-dir."
             )
             return "finished"
@@ -166,9 +168,7 @@ class Trainer:
             fetched = time.perf_counter()
             result = self.engine.train_step(batch, step=self._step)
             self._step += 1
-            self._meter.add(
-                result, batch=batch, seconds=time.perf_counter() - begin, wait_seconds=fetched - begin
-            )
+            self._meter.add(result, batch=batch, seconds=time.perf_counter() - begin, wait_seconds=fetched - begin)
             if result.skipped:
                 self._callback.on_message(
                     f"step {self._step}: skipped, its gradient norm {result.grad_norm:g} is {result.skipped}"

@@ -50,14 +50,10 @@ class Validation:
         """
         names = self.params.train.eval_names
         if not self._inputs:
-            self._inputs = parts.eval_inputs(
-                self.params, names=names, vocabulary=self.vocabulary, cache=self.cache
-            )
+            self._inputs = parts.eval_inputs(self.params, names=names, vocabulary=self.vocabulary, cache=self.cache)
         figures: dict[str, float] = {}
         for name, data in self._inputs.items():
-            means = evaluate(
-                task, batches=data.epoch_batches(), to_device=self.to_device, keep_going=self.keep_going
-            )
+            means = evaluate(task, batches=data.epoch_batches(), to_device=self.to_device, keep_going=self.keep_going)
             figures |= {f"eval/{name}/{key}": value for key, value in means.items()}
         if figures and self.keep_going():
             self.callback.on_metrics(figures, step=step)

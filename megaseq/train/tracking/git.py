@@ -24,7 +24,7 @@ def _git(*arguments: str) -> str | None:
 
 
 def git_state() -> dict[str, str]:
-    """Returns `commit`, `branch` and `dirty` ("true" or "false") of the checkout megaseq is imported from; {} if none."""
+    """Returns `commit`, `branch` and `dirty` ("true" or "false") of megaseq's own checkout; {} if none."""
     commit = _git("rev-parse", "HEAD")
     if commit is None:
         return {}

@@ -65,7 +65,12 @@ def samples_text(samples: Sequence[Sample], *, name: str, step: int) -> str:
     """Returns decoded examples as three lines each."""
     lines = [f"{name} at step {step}:"]
     for sample in samples:
-        lines += [f"  source     {sample.source}", f"  output     {sample.output}", f"  reference  {sample.reference}", ""]
+        lines += [
+            f"  source     {sample.source}",
+            f"  output     {sample.output}",
+            f"  reference  {sample.reference}",
+            "",
+        ]
     return "\n".join(lines).rstrip()
 
 
@@ -88,8 +93,14 @@ class BarProgress(Callback):
 
     def on_start(self, facts: RunFacts) -> None:
         from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-        from rich.progress import TimeRemainingColumn
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            Progress,
+            TextColumn,
+            TimeElapsedColumn,
+            TimeRemainingColumn,
+        )
 
         self._progress = Progress(
             TextColumn("{task.description}"),

@@ -21,9 +21,7 @@ class TensorboardWriter(Callback):
     def on_start(self, facts: RunFacts) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer = SummaryWriter(
-            str(self._log_dir), purge_step=facts.first_step + 1 if facts.first_step else None
-        )
+        self._writer = SummaryWriter(str(self._log_dir), purge_step=facts.first_step + 1 if facts.first_step else None)
 
     def on_metrics(self, metrics: Mapping[str, float], *, step: int) -> None:
         if self._writer is not None:
