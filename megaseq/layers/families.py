@@ -271,9 +271,10 @@ def t5gemma(
         attention.num_key_value_heads, attention.head_dim, attention.soft_cap = num_key_value_heads, head_dim, 50.0
     for _, block in p.find(SelfAttention):
         block.rotary = Rotary.Params()
-    for stack in (p.encoder, p.decoder):
-        for index in range(0, num_layers, 2):
-            stack.set(f"layers.{index}.self_attention.window", window)
+    for index in range(0, num_layers, 2):
+        # Gemma's causal window counts the query itself; T5Gemma's two-sided one counts the places on each side.
+        p.encoder.set(f"layers.{index}.self_attention.window", window + 1)
+        p.decoder.set(f"layers.{index}.self_attention.window", window)
     return _gaussian(p)
 
 
