@@ -48,10 +48,14 @@ class ExampleOrder:
         """Returns the ranks of source k's draws, counted since the beginning of training."""
         epochs, places = np.divmod(draws, max(1, self._sizes[k]))
         ranks = np.empty(len(draws), dtype=np.int64)
-        for epoch in np.unique(epochs):
-            at = np.flatnonzero(epochs == epoch)
-            stream = f"source/{self._names[k]}"
+        by_epoch = np.argsort(epochs, kind="stable")
+        firsts = np.flatnonzero(np.diff(epochs[by_epoch])) + 1
+        for at in np.split(by_epoch, firsts) if len(draws) else ():
             ranks[at] = permute_places(
-                seed=self._seed, epoch=int(epoch), stream=stream, size=self._sizes[k], places=places[at]
+                seed=self._seed,
+                epoch=int(epochs[at[0]]),
+                stream=f"source/{self._names[k]}",
+                size=self._sizes[k],
+                places=places[at],
             )
         return ranks
