@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
-from megaseq.checkpoint.average import average
+from megaseq.checkpoint.average import average, newest, write_average
 from megaseq.checkpoint.checkpointer import Checkpointer
 from megaseq.checkpoint.directory import find_checkpoint, list_steps
+from megaseq.checkpoint.inspect import inspect
 from megaseq.checkpoint.manifest import DamagedError
 from megaseq.checkpoint.reading import OpenCheckpoint, Restored, load_checkpoint
 from megaseq.checkpoint.safetensors_file import export_safetensors
+from megaseq.checkpoint.warm_start import WarmStart, WarmStartReport, WarmStartRule, init_from
 
 __all__ = [
     "Checkpointer",
     "DamagedError",
     "OpenCheckpoint",
     "Restored",
+    "WarmStart",
+    "WarmStartReport",
+    "WarmStartRule",
     "average",
     "export_safetensors",
     "find_checkpoint",
+    "init_from",
+    "inspect",
     "list_steps",
     "load_checkpoint",
+    "newest",
+    "write_average",
 ]

@@ -16,7 +16,7 @@ from torch import Tensor
 from megaseq.base import Configurable, Problem
 from megaseq.base.errors import CheckpointError
 from megaseq.checkpoint import directory as directories
-from megaseq.checkpoint.average import Weights, average
+from megaseq.checkpoint.average import Weights, average, newest
 from megaseq.checkpoint.manifest import DamagedError
 from megaseq.checkpoint.reading import Restored, load_checkpoint
 from megaseq.checkpoint.retention import MetricHistory, steps_to_delete
@@ -29,8 +29,8 @@ logger = logging.getLogger(__name__)
 class Checkpointer(Configurable):
     """Saves to and restores from `RUN/checkpoints/step_00001000/`.
 
-    A checkpoint is written to a temporary name, flushed to the disk and renamed, so whatever is killed at whatever time,
-    the ones before stay usable. One process writes to a directory; any number may read.
+    A checkpoint is written to a temporary name, flushed to the disk and renamed, so whatever is killed at whatever
+    time, the ones before stay usable. One process writes to a directory; any number may read.
     """
 
     class Params(Configurable.Params):
@@ -49,7 +49,7 @@ class Checkpointer(Configurable):
         best_mode: Literal["max", "min"] = "max"
         """Whether the highest or the lowest is best."""
         check_finite: bool = True
-        """Whether a nan or inf in a tensor makes the save fail, so that the last good checkpoint is not rotated away."""
+        """Whether a nan or inf in a tensor makes the save fail, so that good checkpoints are not rotated away."""
 
         def validate(self) -> Iterator[Problem | str]:
             """Reports negative counts."""
@@ -123,7 +123,7 @@ class Checkpointer(Configurable):
         metrics: Mapping[str, float] | None = None,
         wait: bool = False,
     ) -> None:
-        """Saves a checkpoint; an asynchronous one is committed later, and its error is raised by the next call or `wait`.
+        """Saves a checkpoint; an asynchronous one is committed later, its error raised by the next call or `wait`.
 
         Args:
             step: How many steps over the data are done.
@@ -137,7 +137,9 @@ class Checkpointer(Configurable):
             CheckpointError: When this save, or the one before it, could not be written.
         """
         if self.read_only:
-            raise CheckpointError(f"{self.directory}: must be opened for writing to save, but is read-only. Save in the trainer.")
+            raise CheckpointError(
+                f"{self.directory}: must be opened for writing to save, but is read-only. Save in the trainer."
+            )
         started = time.perf_counter()
         try:
             self._writer.wait()
@@ -159,7 +161,7 @@ class Checkpointer(Configurable):
             self.total_stall_seconds += self.stall_seconds
 
     def _write(self, content: Content) -> None:
-        write_checkpoint(self.directory, content=content, check_finite=self.params.check_finite)
+        write_checkpoint(self.path(content.step), content=content, check_finite=self.params.check_finite)
         with self._lock:
             self._damaged.discard(content.step)
             self._history.record(step=content.step, metrics=content.metrics)
@@ -196,7 +198,8 @@ class Checkpointer(Configurable):
     ) -> Restored:
         """Loads the newest usable checkpoint, or exactly the one of `step`.
 
-        One that is not whole is passed over with a message (a log line and in `Restored.messages`); nothing of it is loaded.
+        One that is not whole is passed over with a message (a log line and in `Restored.messages`); nothing of it is
+        loaded.
 
         Args:
             step: Which one; None is the newest.
@@ -225,16 +228,12 @@ class Checkpointer(Configurable):
             return replace(restored, messages=tuple(messages))
         if messages:
             raise CheckpointError(
-                f"{self.directory}: must have a whole checkpoint, but all {len(messages)} are damaged. First: {messages[0]}"
+                f"{self.directory}: must have a whole checkpoint, but all {len(messages)} are damaged. First: "
+                f"{messages[0]}"
             )
         raise CheckpointError(f"{self.directory}: must have a checkpoint to restore, but has none. Check the path.")
 
     def average(self, *, last: int, weights: Weights = "auto") -> dict[str, Tensor]:
         """Returns the mean of the parameters of the `last` newest checkpoints; see `average.average`."""
         self.wait()
-        steps = self.list_steps()
-        if last < 1 or len(steps) < last:
-            raise CheckpointError(
-                f"{self.directory}: must have {last} checkpoints to average, but has {len(steps)}. Keep more, or average fewer."
-            )
-        return average([self.path(step) for step in steps[-last:]], weights=weights)
+        return average(newest(self.directory, count=last), weights=weights)

@@ -39,31 +39,32 @@ def find_checkpoint(path: str | os.PathLike[str]) -> Path:
         CheckpointError: When there is none.
     """
     path = Path(path)
-    if (path / MANIFEST).is_file():
+    # One that lost its manifest is still what was meant; reading it says what is wrong.
+    if (path / MANIFEST).is_file() or (_NAME.fullmatch(path.name) and path.is_dir()):
         return path
     for directory in (path / "checkpoints", path):
         steps = list_steps(directory)
         if steps:
             return directory / step_name(steps[-1])
     raise CheckpointError(
-        f"{path}: must be a checkpoint, or a run directory with one, but has no {MANIFEST} and no step_ folder. Check the path."
+        f"{path}: must be a checkpoint, or a run directory with one, but has no {MANIFEST} and no step_ folder. "
+        f"Check the path."
     )
 
 
-def begin(directory: Path, *, step: int) -> Path:
-    """Makes and returns the temporary directory that a checkpoint is written to."""
-    temporary = directory / f"{_TEMPORARY}{step_name(step)}-{uuid.uuid4().hex[:8]}"
+def begin(final: Path) -> Path:
+    """Makes and returns the temporary directory, beside `final`, that a checkpoint is written to."""
+    temporary = final.parent / f"{_TEMPORARY}{final.name}-{uuid.uuid4().hex[:8]}"
     temporary.mkdir(parents=True)
     return temporary
 
 
-def commit(temporary: Path, *, step: int) -> Path:
-    """Gives a written checkpoint its name, in one rename, and flushes that to the disk; returns the path.
+def commit(temporary: Path, *, final: Path) -> None:
+    """Gives a written checkpoint its name, in one rename, and flushes that to the disk.
 
-    An older checkpoint of the same step is moved aside first and deleted last; `clean` undoes it after a kill in between.
+    An older one of that name is moved aside first and deleted last; `clean` undoes it after a kill in between.
     """
-    directory = temporary.parent
-    final = directory / step_name(step)
+    directory = final.parent
     for folder, _, _ in os.walk(temporary):
         flush_directory(Path(folder))
     replaced: Path | None = None
@@ -75,7 +76,6 @@ def commit(temporary: Path, *, step: int) -> Path:
     flush_directory(directory)
     if replaced is not None:
         shutil.rmtree(replaced, ignore_errors=True)
-    return final
 
 
 def delete(directory: Path, *, step: int) -> None:

@@ -70,7 +70,8 @@ def read_manifest(directory: Path) -> Manifest:
         raise DamagedError(_damage(path, "is not a megaseq manifest"))
     if content.get("version") != VERSION:
         raise CheckpointError(
-            f"{path}: must have version {VERSION}, but is {content.get('version')!r}. Read it with the megaseq that wrote it."
+            f"{path}: must have version {VERSION}, but is {content.get('version')!r}. Read it with the megaseq "
+            f"that wrote it."
         )
     checksum = content.pop("checksum", None)
     if checksum != _checksum(content):
@@ -124,7 +125,9 @@ def file_sha256(path: Path) -> str:
 def is_safe_name(name: str) -> bool:
     """Says whether `name` is a relative path that stays inside the checkpoint."""
     pure = PurePosixPath(name)
-    return bool(pure.parts) and not pure.is_absolute() and ".." not in pure.parts and "\\" not in name and "\0" not in name
+    return (
+        bool(pure.parts) and not pure.is_absolute() and ".." not in pure.parts and "\\" not in name and "\0" not in name
+    )
 
 
 def _safe_name(name: str) -> str:

@@ -57,7 +57,9 @@ class OpenCheckpoint:
         self.manifest: Manifest = read_manifest(self.path)
         for name in (METADATA, STATE):
             if name not in self.manifest.files:
-                raise DamagedError(f"{self.path}: must have {name}, but its manifest does not list it. Use another one.")
+                raise DamagedError(
+                    f"{self.path}: must have {name}, but its manifest does not list it. Use another one."
+                )
         small = [name for name in self.manifest.files if name in (METADATA, STATE) or name.startswith(f"{FILES}/")]
         verify_files(self.path, manifest=self.manifest, hashed=small)
         self._metadata: Metadata = read_metadata(self.path, known_files=self.manifest.files)
@@ -113,7 +115,9 @@ class OpenCheckpoint:
             state = json.loads((self.path / STATE).read_bytes())
         except (OSError, ValueError, RecursionError) as error:
             raise DamagedError(f"{self.path / STATE}: must be JSON, but is not ({error}). Use another one.") from None
-        return dict(state)
+        if not isinstance(state, dict):
+            raise DamagedError(f"{self.path / STATE}: must be a JSON object, but is not. Use another one.")
+        return state
 
     @property
     def files(self) -> dict[str, bytes]:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
+
+logger = logging.getLogger(__name__)
 
 METRICS = "metrics.json"
 
@@ -25,19 +28,20 @@ class MetricHistory:
             self._steps = {}  # A lost history costs the choice of the best, not a checkpoint.
 
     def record(self, *, step: int, metrics: Mapping[str, float]) -> None:
-        """Adds finite metrics to those of a step and writes the file, whole or not at all."""
+        """Adds finite metrics to those of a step and writes the file, whole or, when the disk is full, not at all."""
         finite = {name: float(value) for name, value in metrics.items() if math.isfinite(value)}
         if not finite:
             return
         self._steps.setdefault(step, {}).update(finite)
-        self._path.parent.mkdir(parents=True, exist_ok=True)
         temporary = self._path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(self._steps, indent=1))
-        os.replace(temporary, self._path)
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            temporary.write_text(json.dumps(self._steps, indent=1))
+            os.replace(temporary, self._path)
+        except OSError as error:
+            logger.warning("%s: not written (%s); metrics are kept in memory.", self._path, error.strerror or error)
 
-    def best(
-        self, *, metric: str, mode: Literal["max", "min"], steps: Collection[int], count: int = 1
-    ) -> list[int]:
+    def best(self, *, metric: str, mode: Literal["max", "min"], steps: Collection[int], count: int = 1) -> list[int]:
         """Returns the `count` best of `steps` by `metric`, best first; of equals the older one is better."""
         sign = -1.0 if mode == "max" else 1.0
         known = [(sign * self._steps[step][metric], step) for step in steps if metric in self._steps.get(step, {})]

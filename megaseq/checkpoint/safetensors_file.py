@@ -1,8 +1,8 @@
 """Writing safetensors files as a stream, with their checksum taken on the way.
 
 The format: 8 bytes little-endian header length, a JSON header {name: {dtype, shape, data_offsets}}, the raw tensors.
-Reading is left to the safetensors package; writing is ours so that a tensor is copied from the device only when it is its
-turn, and so that a checkpoint need not be read again to be hashed.
+Reading is left to the safetensors package; writing is ours so that a tensor is copied from the device only when it is
+its turn, and so that a checkpoint need not be read again to be hashed.
 """
 
 from __future__ import annotations
@@ -96,7 +96,9 @@ def write_file(path: Path, *, data: bytes) -> FileDigest:
     return file.digest
 
 
-def write_entries(path: Path, *, entries: Sequence[TensorEntry], metadata: Mapping[str, str] | None = None) -> FileDigest:
+def write_entries(
+    path: Path, *, entries: Sequence[TensorEntry], metadata: Mapping[str, str] | None = None
+) -> FileDigest:
     """Writes a new safetensors file, flushed to the disk.
 
     Args:
@@ -155,13 +157,14 @@ def export_safetensors(
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    entries = [
-        TensorEntry(name=name, dtype=tensor.dtype, shape=tuple(tensor.shape), resolve=lambda tensor=tensor: tensor)  # type: ignore[misc]
-        for name, tensor in tensors.items()
-    ]
+    entries = [_entry(name, tensor) for name, tensor in tensors.items()]
     try:
         digest = write_entries(temporary, entries=entries, metadata=metadata or {"format": "pt"})
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
     return digest
+
+
+def _entry(name: str, tensor: Tensor) -> TensorEntry:
+    return TensorEntry(name=name, dtype=tensor.dtype, shape=tuple(tensor.shape), resolve=lambda: tensor)

@@ -10,10 +10,11 @@ metadata: what torch.distributed.checkpoint needs to read it back on any other l
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -113,15 +114,20 @@ class SafetensorsWriter(StorageWriter):
 
     def _entry(self, item: WriteItem, *, key: str, planner: SavePlanner) -> TensorEntry:
         if item.type == WriteItemType.BYTE_IO or item.tensor_data is None:
-            raise CheckpointError(f"{item.index.fqn}: must be a tensor, but is not. Put other values into the JSON state.")
+            raise CheckpointError(
+                f"{item.index.fqn}: must be a tensor, but is not. Put other values into the JSON state."
+            )
 
         def resolve() -> Tensor:
             tensor = planner.resolve_data(item)
             if not isinstance(tensor, Tensor):
-                raise CheckpointError(f"{item.index.fqn}: must be a tensor, but is {type(tensor).__name__}. Convert it.")
+                raise CheckpointError(
+                    f"{item.index.fqn}: must be a tensor, but is {type(tensor).__name__}. Convert it."
+                )
             if self._check_finite and tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
                 raise CheckpointError(
-                    f"{item.index.fqn}: must be finite to be saved, but has nan or inf. Go back to the checkpoint before."
+                    f"{item.index.fqn}: must be finite to be saved, but has nan or inf. Go back to the "
+                    f"checkpoint before."
                 )
             return tensor
 
@@ -253,12 +259,16 @@ def read_metadata(directory: Path, *, known_files: Iterable[str]) -> Metadata:
                     raise ValueError(f"{name} is in {chunk['file']!r}, which the manifest does not list")
                 parts.append(part)
                 chunks[MetadataIndex(name, part.offsets)] = StoredChunk(file=chunk["file"], key=str(chunk["key"]))
+            if not _tile(parts, shape=shape):
+                raise ValueError(f"the parts of {name} do not make up {list(shape)}")
             properties = TensorProperties(dtype=DTYPES[entry["dtype"]])
             tensors[name] = TensorStorageMetadata(properties=properties, size=shape, chunks=parts)
     except OSError as error:
         raise CheckpointError(f"{path}: must be readable, but is not ({error.strerror}). Use another one.") from None
     except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"{path}: must describe tensors, but has a bad entry ({error}). Use another one.") from None
+        raise CheckpointError(
+            f"{path}: must describe tensors, but has a bad entry ({error}). Use another one."
+        ) from None
     return Metadata(state_dict_metadata=tensors, storage_data=chunks)
 
 
@@ -266,3 +276,16 @@ def _sizes(values: Any) -> torch.Size:
     if not isinstance(values, list) or not all(type(value) is int and value >= 0 for value in values):
         raise ValueError(f"{values!r} is no list of sizes")
     return torch.Size(values)
+
+
+def _tile(parts: Sequence[ChunkStorageMetadata], *, shape: torch.Size) -> bool:
+    """Says whether the parts lie inside `shape`, do not overlap and leave nothing out."""
+    spans = [
+        [(offset, offset + size) for offset, size in zip(part.offsets, part.sizes, strict=True)] for part in parts
+    ]
+    inside = all(end <= size for span in spans for (_, end), size in zip(span, shape, strict=True))
+    overlap = any(
+        all(a[0] < b[1] and b[0] < a[1] for a, b in zip(one, other, strict=True))
+        for one, other in itertools.combinations(spans, 2)
+    )
+    return inside and not overlap and bool(parts) and sum(part.sizes.numel() for part in parts) == shape.numel()

@@ -50,23 +50,25 @@ def encode_state(state: Mapping[str, Any]) -> bytes:
     try:
         return json.dumps(state, allow_nan=True).encode()
     except (TypeError, ValueError) as error:
-        raise CheckpointError(f"checkpoint state: must be JSON values, but is not ({error}). Convert it first.") from None
+        raise CheckpointError(
+            f"checkpoint state: must be JSON values, but is not ({error}). Convert it first."
+        ) from None
 
 
-def write_checkpoint(root: Path, *, content: Content, check_finite: bool) -> Path:
-    """Writes `content` to a temporary directory in `root` and gives it its name; returns the path.
+def write_checkpoint(final: Path, *, content: Content, check_finite: bool) -> None:
+    """Writes `content` to a temporary directory and gives it the name `final`, replacing what had it.
 
     Raises:
-        CheckpointError: When it cannot be written, or `check_finite` finds nan or inf; `root` is as it was then.
+        CheckpointError: When it cannot be written, or `check_finite` finds nan or inf; the disk is as it was then.
     """
     temporary: Path | None = None
     try:
-        temporary = directories.begin(root, step=content.step)
+        temporary = directories.begin(final)
         _write(temporary, content=content, check_finite=check_finite)
-        return directories.commit(temporary, step=content.step)
+        directories.commit(temporary, final=final)
     except OSError as error:
         raise CheckpointError(
-            f"checkpoint of step {content.step}: must be written to {root}, but is not: {error.strerror or error}. "
+            f"{final}: must be written whole, but is not: {error.strerror or error}. "
             "Older checkpoints are untouched; make room or mend the disk."
         ) from error
     finally:
@@ -78,7 +80,9 @@ def _write(temporary: Path, *, content: Content, check_finite: bool) -> None:
     digests: dict[str, FileDigest] = {}
     for name, data in content.files.items():
         if not is_safe_name(name):
-            raise CheckpointError(f"checkpoint file {name!r}: must be a relative path, but leaves the folder. Rename it.")
+            raise CheckpointError(
+                f"checkpoint file {name!r}: must be a relative path, but leaves the folder. Rename it."
+            )
         path = temporary / FILES / name
         path.parent.mkdir(parents=True, exist_ok=True)
         digests[f"{FILES}/{name}"] = write_file(path, data=data)

@@ -26,9 +26,9 @@ class _Slots:
 class Adafactor(Optimizer):
     """Second moments kept as a row and a column of each matrix (Shazeer and Stern, 2018).
 
-    At update t, with gradient g and d = 1 - t^decay_exponent: V is the average, with decay d, of g^2 + epsilon_gradient,
-    kept as its row means and column means where the parameter is factored; u = g / sqrt(V), divided by
-    max(1, RMS(u) / update_clip). The rate r is the learner's, times max(epsilon_parameter, RMS(p)) with
+    At update t, with gradient g and d = 1 - t^decay_exponent: V is the average, with decay d, of g^2 +
+    epsilon_gradient, kept as its row means and column means where the parameter is factored; u = g / sqrt(V), divided
+    by max(1, RMS(u) / update_clip). The rate r is the learner's, times max(epsilon_parameter, RMS(p)) with
     `scale_by_parameter`, times min(0.01, 1 / sqrt(t)) with `relative_step` (0.01 becomes 1e-6 t with
     `relative_step_warmup`). With a `beta1` the update r u goes through a first moment. p -= r w p, then p -= update.
     """

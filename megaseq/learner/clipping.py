@@ -14,8 +14,8 @@ SquaredNormReduction = Callable[[Tensor], Tensor]
 def global_norm(gradients: Sequence[Tensor], *, reduce: SquaredNormReduction | None = None) -> float:
     """Returns the Euclidean norm over all elements of all `gradients`.
 
-    The norm of each tensor is taken in its own precision and their squares are summed in float64, so the result does not
-    depend on how many tensors there are. It is the one host synchronisation of an update.
+    The norm of each tensor is taken in its own precision and their squares are summed in float64, so the result does
+    not depend on how many tensors there are. It is the one host synchronisation of an update.
 
     Args:
         gradients: Tensors of any shapes on one device.

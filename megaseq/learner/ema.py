@@ -13,8 +13,8 @@ from megaseq.base import Configurable, Problem
 class MovingAverage(Configurable):
     """average = decay * average + (1 - decay) * parameter, after every update that was applied.
 
-    With `warm_up` the decay of update s (0 is the first) is min((1 + s) / (10 + s), decay), so that the start of the run
-    is forgotten quickly. The averages live on the parameters' device.
+    With `warm_up` the decay of update s (0 is the first) is min((1 + s) / (10 + s), decay), so that the start of the
+    run is forgotten quickly. The averages live on the parameters' device.
     """
 
     class Params(Configurable.Params):

@@ -47,13 +47,14 @@ class Learner(Configurable):
     """Updates fp32 parameters from their gradients, in this order, all of it or nothing:
 
     1. the gradients' global norm, after the caller's normalisation;
-    2. the skip decision: not finite, or an outlier; a skipped update leaves parameters, moments, average and their counts
-       as they were. A norm that is not finite leaves the outlier statistics alone as well; an outlier enters them, capped;
+    2. the skip decision: not finite, or an outlier; a skipped update leaves parameters, moments, average and their
+       counts as they were. A norm that is not finite leaves the outlier statistics alone as well; an outlier enters
+       them, capped;
     3. clipping by the global norm, the schedule's learning rate, weight decay and the optimizer's step;
     4. the moving average.
 
-    `step` counts steps over the data and drives the schedule: it goes on over skipped updates. The optimizer's own count,
-    which corrects the bias of its moments and warms up the average, counts the updates that were applied.
+    `step` counts steps over the data and drives the schedule: it goes on over skipped updates. The optimizer's own
+    count, which corrects the bias of its moments and warms up the average, counts the updates that were applied.
     """
 
     class Params(Configurable.Params):
@@ -177,9 +178,7 @@ class Learner(Configurable):
             self.num_consecutive_skips = 0
             coefficient = clip_coefficient(norm, limit=self.params.clip_norm)
             num_updates = self.optimizer.num_updates
-            self.optimizer.update(
-                gradients=gradients, learning_rate=rate, gradient_scale=gradient_scale * coefficient
-            )
+            self.optimizer.update(gradients=gradients, learning_rate=rate, gradient_scale=gradient_scale * coefficient)
             if self.ema is not None:
                 self.ema.update(num_updates=num_updates)
         return UpdateStats(
@@ -205,8 +204,8 @@ class Learner(Configurable):
                     gradient = self._zero_gradient(name, parameter)
                 elif gradient.shape != parameter.shape or gradient.dtype != parameter.dtype:
                     raise TrainingError(
-                        f"learner.update {name}: must get a gradient {parameter.dtype} {list(parameter.shape)}, but it is "
-                        f"{gradient.dtype} {list(gradient.shape)}. Accumulate gradients in the parameters' type."
+                        f"learner.update {name}: must get a gradient {parameter.dtype} {list(parameter.shape)}, "
+                        f"but it is {gradient.dtype} {list(gradient.shape)}. Accumulate gradients in the parameters' type."
                     )
                 row.append(gradient)
             collected.append(row)
@@ -224,8 +223,9 @@ class Learner(Configurable):
         limit = self.skip.params.max_consecutive
         if self.num_consecutive_skips >= limit:
             raise TrainingError(
-                f"learner.update: must not skip {limit} updates in a row, but did, up to step {step}, where the gradient norm "
-                f"is {norm:g} ({reason}). Lower learner.learning_rate, lengthen the warm-up, or look at the data of that step."
+                f"learner.update: must not skip {limit} updates in a row, but did, up to step {step}, where the "
+                f"gradient norm is {norm:g} ({reason}). Lower learner.learning_rate, lengthen the warm-up, or look at "
+                "the data of that step."
             )
 
     @contextmanager
@@ -255,11 +255,12 @@ class Learner(Configurable):
     def _forbid_averages(self, operation: str) -> None:
         if self._averages_in_use:
             raise TrainingError(
-                f"learner.{operation}: must be called outside `with learner.averages()`, but is inside it. Leave it first."
+                f"learner.{operation}: must be called outside `with learner.averages()`, but is inside it. "
+                f"Leave it first."
             )
 
     def state_tensors(self) -> dict[str, Tensor]:
-        """Returns the state for a checkpoint: `learner.<slot>.<path>` and `ema.<path>`; not copies, not the parameters."""
+        """Returns the state for a checkpoint, not copies: `learner.<slot>.<path>` and `ema.<path>`."""
         self._forbid_averages("state_tensors")
         tensors = {OPTIMIZER_PREFIX + name: tensor for name, tensor in self.optimizer.state_tensors().items()}
         if self.ema is not None:
@@ -307,14 +308,18 @@ class Learner(Configurable):
 def _check_parameters(named_parameters: Mapping[str, Tensor]) -> None:
     """Raises TrainingError unless there are parameters, all fp32 (or all fp64), on one device."""
     if not named_parameters:
-        raise TrainingError("learner: must get at least one parameter, but named_parameters is empty. Pass the model's.")
+        raise TrainingError(
+            "learner: must get at least one parameter, but named_parameters is empty. Pass the model's."
+        )
     for name, tensor in named_parameters.items():
         if tensor.dtype not in (torch.float32, torch.float64):
             raise TrainingError(
-                f"learner {name}: must be a float32 master parameter, but is {tensor.dtype}. Keep an fp32 copy for the learner."
+                f"learner {name}: must be a float32 master parameter, but is {tensor.dtype}. Keep an fp32 copy "
+                f"for the learner."
             )
     devices = {tensor.device for tensor in named_parameters.values()}
     if len(devices) > 1:
         raise TrainingError(
-            f"learner: must get parameters on one device, but they are on {sorted(map(str, devices))}. Move them together."
+            f"learner: must get parameters on one device, but they are on {sorted(map(str, devices))}. Move "
+            f"them together."
         )

@@ -103,7 +103,9 @@ def copy_named(own: Mapping[str, Tensor], given: Mapping[str, Tensor], *, what: 
     missing, unknown = sorted(own.keys() - given.keys()), sorted(given.keys() - own.keys())
     if missing or unknown:
         listing = "; ".join(
-            f"{len(names)} {word}, first {names[0]}" for word, names in (("missing", missing), ("unknown", unknown)) if names
+            f"{len(names)} {word}, first {names[0]}"
+            for word, names in (("missing", missing), ("unknown", unknown))
+            if names
         )
         raise CheckpointError(
             f"{what}: must have the same names as this learner's, but {listing}. Resume with the params of the run."
@@ -112,7 +114,8 @@ def copy_named(own: Mapping[str, Tensor], given: Mapping[str, Tensor], *, what: 
         other = given[name]
         if tensor.shape != other.shape or tensor.dtype != other.dtype:
             raise CheckpointError(
-                f"{what} {name}: must be {tensor.dtype} {list(tensor.shape)}, but is {other.dtype} {list(other.shape)}. "
+                f"{what} {name}: must be {tensor.dtype} {list(tensor.shape)}, but is {other.dtype} "
+                f"{list(other.shape)}. "
                 "Resume with the params of the run."
             )
     for name, tensor in own.items():

@@ -28,7 +28,9 @@ class ParameterRule(Configurable):
             """Reports a rule that sets nothing."""
             yield from super().validate()
             if self.weight_decay is None and self.learning_rate_scale is None:
-                yield "weight_decay: must be set, or learning_rate_scale, but both are None. Remove the rule or set one."
+                yield (
+                    "weight_decay: must be set, or learning_rate_scale, but both are None. Remove the rule or set one."
+                )
 
     params: Params
 
@@ -91,7 +93,8 @@ def assign(
     ]
     if len(frozen) == len(names):
         raise ParamsError(
-            f"learner.freeze_patterns: must leave a parameter to train, but all {len(names)} are frozen. Narrow the patterns."
+            f"learner.freeze_patterns: must leave a parameter to train, but all {len(names)} are frozen. Narrow "
+            f"the patterns."
         )
     treatments: dict[tuple[float, float], list[str]] = {}
     for name, tensor in named_parameters.items():

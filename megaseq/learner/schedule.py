@@ -9,8 +9,8 @@ class Schedule(Configurable):
     """Maps the step to the multiplier of the learner's `learning_rate`.
 
     Steps are counted from 0 and are absolute: `end_step=100_000` means step 100,000 of the run, also under a warm-up or
-    inside a `Piecewise`. What changes there is the start: a schedule that begins at step `start` is at its initial value
-    at that step. A schedule has no state, so there is nothing to save and any step can be asked for in any order.
+    inside a `Piecewise`. What changes there is the start: a schedule that begins at step `start` is at its initial
+    value at that step. A schedule has no state, so there is nothing to save and any step can be asked for in any order.
     """
 
     class Params(Configurable.Params):

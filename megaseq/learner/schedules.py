@@ -62,7 +62,7 @@ class Linear(Polynomial):
 
 
 class Cosine(Schedule):
-    """Half a cosine from 1 to `final`: final + (1 - final) * (1 + cos(pi f)) / 2 (Loshchilov and Hutter, 2017, SGDR)."""
+    """Half a cosine from 1 to `final`: final + (1 - final) * (1 + cos(pi f)) / 2 (Loshchilov and Hutter, 2017)."""
 
     class Params(Schedule.Params):
         end_step: int = REQUIRED
@@ -88,19 +88,22 @@ class Cosine(Schedule):
 class InverseSqrt(Schedule):
     """sqrt(t / max(s + 1, t)): flat at 1 for `timescale` steps, then falls with the square root of the step.
 
-    Under a warm-up of as many steps this is the schedule of Vaswani et al., 2017, "Attention is all you need", divided by
-    its peak; without one, and with timescale 10,000 and learning rate 0.01, it is that of Raffel et al., 2020, "T5".
+    Under a warm-up of as many steps this is the schedule of Vaswani et al., 2017, "Attention is all you need",
+    divided by its peak; without one, and with timescale 10,000 and learning rate 0.01, it is that of Raffel et al.,
+    2020, "T5".
     """
 
     class Params(Schedule.Params):
         timescale: int | None = None
-        """t: steps until the fall begins; None takes the step at which the schedule starts, so the end of the warm-up."""
+        """t: steps until the fall begins; None takes the step at which the schedule starts: the warm-up's end."""
 
         def validate(self) -> Iterator[Problem | str]:
             """Reports a timescale that is not positive."""
             yield from super().validate()
             if self.timescale is not None and self.timescale < 1:
-                yield f"timescale: must be at least 1, but is {self.timescale}. Leave it out to use the warm-up's length."
+                yield (
+                    f"timescale: must be at least 1, but is {self.timescale}. Leave it out to use the warm-up's length."
+                )
 
     params: Params
 
@@ -131,7 +134,10 @@ class WarmupStableDecay(Schedule):
             """Reports a decay that ends before it starts."""
             yield from super().validate()
             if self.end_step < self.decay_start:
-                yield f"end_step: must be at least decay_start ({self.decay_start}), but is {self.end_step}. Raise end_step."
+                yield (
+                    f"end_step: must be at least decay_start ({self.decay_start}), but is {self.end_step}. "
+                    f"Raise end_step."
+                )
 
     params: Params
 
@@ -165,11 +171,15 @@ class Piecewise(Schedule):
             yield from super().validate()
             if len(self.schedules) != len(self.boundaries) + 1:
                 yield (
-                    f"schedules: must be one more than boundaries ({len(self.boundaries)}), but are {len(self.schedules)}. "
+                    f"schedules: must be one more than boundaries ({len(self.boundaries)}), but are "
+                    f"{len(self.schedules)}. "
                     "Add the piece that is missing."
                 )
             if self.scales and len(self.scales) != len(self.schedules):
-                yield f"scales: must be empty or one a schedule ({len(self.schedules)}), but are {len(self.scales)}. Add one each."
+                yield (
+                    f"scales: must be empty or one a schedule ({len(self.schedules)}), but are "
+                    f"{len(self.scales)}. Add one each."
+                )
             if any(b >= c for b, c in zip((0, *self.boundaries), self.boundaries, strict=False)):
                 yield f"boundaries: must increase from above 0, but are {self.boundaries}. Sort them."
 

@@ -15,7 +15,8 @@ class SGD(Optimizer):
     """Gradient descent with momentum.
 
     With gradient g, rate r and weight decay w: g += w p;  b = momentum b + g;  p -= r b, or, with `nesterov`,
-    p -= r (g + momentum b) (Sutskever et al., 2013). Weight decay is an L2 penalty here: it passes through the momentum.
+    p -= r (g + momentum b) (Sutskever et al., 2013). Weight decay is an L2 penalty here: it passes through the
+    momentum.
     """
 
     class Params(Optimizer.Params):

@@ -17,10 +17,10 @@ SkipReason = Literal["", "non-finite", "outlier"]
 class NormTracker(Configurable):
     """Says whether a gradient norm is an outlier of the norms before it.
 
-    Keeps moving averages of x = log(1 + max(norm, floor)) and of x squared, both divided by the weight gathered so far. A
-    norm is an outlier when x > max(mean + num_deviations * deviation, log(1 + always_accept)) and the weight exceeds
-    `min_weight` (with decay 0.995, after 277 norms). The averages then take the limit in place of x, so that a lasting
-    change of scale is accepted in the end; a norm that is not finite must not be shown to the tracker.
+    Keeps moving averages of x = log(1 + max(norm, floor)) and of x squared, both divided by the weight gathered so
+    far. A norm is an outlier when x > max(mean + num_deviations * deviation, log(1 + always_accept)) and the weight
+    exceeds `min_weight` (with decay 0.995, after 277 norms). The averages then take the limit in place of x, so that
+    a lasting change of scale is accepted in the end; a norm that is not finite must not be shown to the tracker.
     """
 
     class Params(Configurable.Params):

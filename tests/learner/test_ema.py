@@ -8,6 +8,7 @@ from torch import Tensor
 
 from megaseq.base import TrainingError
 from megaseq.learner import SGD, Learner, MovingAverage
+
 from .conftest import make_gradients, make_parameters
 
 

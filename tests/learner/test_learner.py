@@ -24,6 +24,7 @@ from megaseq.learner import (
     SkipPolicy,
     Warmup,
 )
+
 from .conftest import make_gradients, make_parameters
 
 
@@ -115,7 +116,9 @@ def test_training_goes_on_bitwise_after_a_round_trip(optimizer: Optimizer.Params
     saved_parameters = {name: tensor.clone() for name, tensor in straight.items()}
     saved = {name: tensor.clone() for name, tensor in learner.state_tensors().items()}
     state = json.loads(json.dumps(learner.state()))
-    resumed_parameters = {name: torch.empty_like(tensor).copy_(saved_parameters[name]) for name, tensor in straight.items()}
+    resumed_parameters = {
+        name: torch.empty_like(tensor).copy_(saved_parameters[name]) for name, tensor in straight.items()
+    }
     resumed = p.instantiate(named_parameters=resumed_parameters)
     resumed.load(tensors={**saved, **{f"{n}": t for n, t in saved_parameters.items()}}, state=state)
     for step in range(7, 15):
@@ -162,7 +165,9 @@ def test_wrong_tensors_are_refused(parameters: dict[str, Tensor]) -> None:
     p = Learner.Params(learning_rate=0.1)
     with pytest.raises(TrainingError, match="must get at least one parameter"):
         p.instantiate(named_parameters={})
-    with pytest.raises(TrainingError, match=r"learner half: must be a float32 master parameter, but is torch\.bfloat16"):
+    with pytest.raises(
+        TrainingError, match=r"learner half: must be a float32 master parameter, but is torch\.bfloat16"
+    ):
         p.instantiate(named_parameters={"half": torch.ones(2, dtype=torch.bfloat16)})
     learner = p.instantiate(named_parameters=parameters)
     with pytest.raises(TrainingError, match=r"task\.decoder\.kernel: must get a gradient torch\.float32 \[2, 5, 7\]"):

@@ -10,12 +10,15 @@ from torch import Tensor
 
 from megaseq.base import ParamsError
 from megaseq.learner import SGD, Adafactor, AdamW, Constant, Learner, Optimizer
+
 from .conftest import make_gradients, make_parameters
 
 STEPS = 12
 
 
-def train(p: Optimizer.Params, *, learning_rate: float, weight_decay: float = 0.0, scale: float = 1.0) -> dict[str, Tensor]:
+def train(
+    p: Optimizer.Params, *, learning_rate: float, weight_decay: float = 0.0, scale: float = 1.0
+) -> dict[str, Tensor]:
     parameters = make_parameters()
     learner = Learner.Params(
         learning_rate=learning_rate,
@@ -120,7 +123,9 @@ def test_adafactor_factors_only_large_matrices() -> None:
 @pytest.mark.parametrize("p", [AdamW.Params(), SGD.Params(momentum=0.9), Adafactor.Params(scale_by_parameter=False)])
 def test_every_optimizer_descends_a_quadratic(p: Optimizer.Params) -> None:
     weight = torch.linspace(-2.0, 2.0, 16)
-    learner = Learner.Params(learning_rate=0.05, optimizer=p, clip_norm=None).instantiate(named_parameters={"w": weight})
+    learner = Learner.Params(learning_rate=0.05, optimizer=p, clip_norm=None).instantiate(
+        named_parameters={"w": weight}
+    )
     for step in range(300):
         learner.update(step=step, grads={"w": weight - 0.5})
     assert float((weight - 0.5).abs().max()) < 0.05

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from megaseq.base import ParamsError
 from megaseq.learner import SGD, AdamW, Learner, MovingAverage, ParameterRule
+
 from .conftest import make_gradients
 
 

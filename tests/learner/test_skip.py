@@ -11,6 +11,7 @@ from torch import Tensor
 
 from megaseq.base import TrainingError
 from megaseq.learner import SGD, Adafactor, AdamW, Learner, MovingAverage, NormTracker, Optimizer, SkipPolicy
+
 from .conftest import make_gradients
 
 
@@ -61,7 +62,9 @@ def test_training_stops_after_many_in_a_row(parameters: dict[str, Tensor]) -> No
     learner.update(step=2, grads=make_gradients(0))
     learner.update(step=3, grads=bad)
     learner.update(step=4, grads=bad)
-    with pytest.raises(TrainingError, match=r"must not skip 3 updates in a row, but did, up to step 5, .* nan \(non-finite\)"):
+    with pytest.raises(
+        TrainingError, match=r"must not skip 3 updates in a row, but did, up to step 5, .* nan \(non-finite\)"
+    ):
         learner.update(step=5, grads=bad)
     assert learner.num_skipped == 5
 

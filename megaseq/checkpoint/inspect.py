@@ -1,0 +1,90 @@
+"""What is in a checkpoint, or in a folder of them, as text."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from pathlib import Path
+
+from megaseq.base.errors import CheckpointError
+from megaseq.checkpoint.directory import list_steps, step_name
+from megaseq.checkpoint.manifest import MANIFEST, Manifest, read_manifest, verify_files
+from megaseq.checkpoint.reading import OpenCheckpoint
+
+
+def inspect(path: str | os.PathLike[str], *, pattern: str | None = None) -> str:
+    """Returns a description of the checkpoint at `path`, or, for a run directory, a table of its checkpoints.
+
+    Every file is verified against the manifest.
+
+    Args:
+        path: Of a checkpoint, a run directory, or its folder of checkpoints.
+        pattern: Lists the tensors whose names it matches (`re.search`); None lists none, "" all.
+
+    Raises:
+        CheckpointError: When there is no checkpoint, or the one that `path` names is damaged.
+    """
+    path = Path(path)
+    for folder in (path / "checkpoints", path):
+        steps = list_steps(folder)
+        if steps and not (path / MANIFEST).exists():
+            return "\n".join(_row(folder / step_name(step)) for step in steps)
+    opened = OpenCheckpoint(path)
+    verify_files(opened.path, manifest=opened.manifest)
+    sections = [_head(opened), _files(opened.manifest), _groups(opened)]
+    if opened.manifest.metrics:
+        sections.append("metrics\n" + "\n".join(f"  {k} {v:g}" for k, v in sorted(opened.manifest.metrics.items())))
+    sections.append("state\n  " + (", ".join(sorted(opened.state)) or "empty"))
+    if pattern is not None:
+        sections.append(_tensors(opened, pattern=pattern))
+    return "\n".join(sections)
+
+
+def _row(path: Path) -> str:
+    """One line of the table: name, size, metrics, and whether it is whole."""
+    try:
+        manifest = read_manifest(path)
+        verify_files(path, manifest=manifest)
+    except CheckpointError as error:
+        return f"{path.name}  damaged: {error}"
+    metrics = "  ".join(f"{name} {value:g}" for name, value in sorted(manifest.metrics.items()))
+    return f"{path.name}  {_size(manifest)}  whole  {metrics}".rstrip()
+
+
+def _head(opened: OpenCheckpoint) -> str:
+    whole = f"{len(opened.manifest.files)} files, {_size(opened.manifest)}, all as in the manifest (size and SHA-256)"
+    return f"{opened.path}\nstep {opened.manifest.step}\n{whole}"
+
+
+def _files(manifest: Manifest) -> str:
+    rows = [f"  {digest.size:>15,}  {name}" for name, digest in sorted(manifest.files.items())]
+    return "\n".join(["files", *rows])
+
+
+def _groups(opened: OpenCheckpoint) -> str:
+    """Counts tensors by the first component of their names."""
+    groups: dict[str, list[int]] = {}
+    for name, entry in opened.entries.items():
+        groups.setdefault(name.split(".", 1)[0], []).append(math.prod(entry.size))
+    rows = [f"  {group}  {len(sizes)} tensors, {sum(sizes):,} elements" for group, sizes in sorted(groups.items())]
+    return "\n".join(["tensors", *rows])
+
+
+def _tensors(opened: OpenCheckpoint, *, pattern: str) -> str:
+    try:
+        compiled = re.compile(pattern)
+    except re.error as error:
+        raise CheckpointError(
+            f"pattern: must be a regular expression, but is {pattern!r} ({error}). Write a dot as \\."
+        ) from None
+    names = [name for name in sorted(opened.entries) if compiled.search(name)]
+    rows = []
+    for name in names:
+        entry = opened.entries[name]
+        rows.append(f"  {name}  {str(entry.properties.dtype).removeprefix('torch.')} {list(entry.size)}")
+    return "\n".join([f"tensors that match {pattern!r}: {len(names)}", *rows])
+
+
+def _size(manifest: Manifest) -> str:
+    return f"{sum(digest.size for digest in manifest.files.values()) / 1e6:,.1f} MB"
