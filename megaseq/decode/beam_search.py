@@ -19,7 +19,7 @@ from megaseq.decode.errors import DecodeError
 from megaseq.decode.finished import Finished
 from megaseq.decode.hypothesis import Hypothesis
 from megaseq.decode.protocol import StepDecoder, step_with_attention
-from megaseq.decode.scoring import Scoring, log_normalizer
+from megaseq.decode.scoring import Scoring, log_probabilities
 from megaseq.decode.search import Limits, Search, raise_nan
 from megaseq.decode.topk import NEG_INF
 
@@ -192,12 +192,8 @@ class BeamSearch(Search):
                 f"target_eos_id: must be below the vocabulary's {logits.shape[-1]}, but is {p.target_eos_id}. "
                 "Set the model's own end-of-sequence id."
             )
-        scores = logits.view(batch, num_hyps, -1)
-        # Subtracting the normaliser from the few best candidates spares writing all log-probabilities.
-        normalizer: torch.Tensor | None = log_normalizer(scores)
+        scores = log_probabilities(logits).view(batch, num_hyps, -1)
         if self._constraints:
-            if not self._constraints.only_mask:
-                scores, normalizer = scores.float() - log_normalizer(scores).unsqueeze(-1), None
             view = View(ids=beam.ids, rows=beam.rows, last=last, eos_id=p.target_eos_id)
             scores = self._constraints(scores, view=view)
         if p.min_seq_len > step or p.min_length_ratio > 0:
@@ -206,7 +202,7 @@ class BeamSearch(Search):
             scores = force_prefix(scores, wanted=prefix[beam.rows, step])
         size = p.num_hyps_per_beam
         count = size + 1 if p.candidates == "per_hyp" else 2 * size
-        return candidates.propose(scores, normalizer=normalizer, total=beam.total, count=count, rule=self._rule)
+        return candidates.propose(scores, total=beam.total, count=count, rule=self._rule)
 
     def _split(
         self, proposals: candidates.Proposals, *, last: torch.Tensor

@@ -49,26 +49,19 @@ class Extensions:
         return Extensions(self.score.masked_fill(~keep, NEG_INF), self.parents, self.ids)
 
 
-def propose(
-    scores: torch.Tensor, *, normalizer: torch.Tensor | None, total: torch.Tensor, count: int, rule: EosRule
-) -> Proposals:
+def propose(scores: torch.Tensor, *, total: torch.Tensor, count: int, rule: EosRule) -> Proposals:
     """Takes the best `count` extensions of each hypothesis.
 
     Args:
-        scores: [B, K, V] logits or log-probabilities.
-        normalizer: [B, K], subtracted from `scores` to give log-probabilities; None when they are that already.
+        scores: [B, K, V] log-probabilities, fp32.
         total: [B, K] log-probability of each hypothesis so far; -inf where there is none.
         count: Extensions of each hypothesis; the vocabulary bounds it.
         rule: When an end-of-sequence token is allowed.
     """
     batch, num_hyps, vocab = scores.shape
     values, ids = row_topk(scores.reshape(batch * num_hyps, vocab), k=count)
-    local = values.float().view(batch, num_hyps, -1)
-    eos_local = scores[..., rule.eos_id].float()
-    if normalizer is not None:
-        local = local - normalizer.unsqueeze(-1)
-        eos_local = eos_local - normalizer
-    score = total.unsqueeze(-1) + local
+    eos_local = scores[..., rule.eos_id]
+    score = total.unsqueeze(-1) + values.view(batch, num_hyps, -1)
     eos_score = total + eos_local
     allowed = (eos_score >= score[..., 0] - rule.max_logit_delta) & (eos_local > rule.local_threshold)
     return Proposals(score, ids.view(batch, num_hyps, -1), eos_score, allowed)

@@ -35,9 +35,6 @@ class LogitsProcessor(Configurable):
 
     params: Params
 
-    only_masks: bool = True
-    """Whether it does nothing but set scores to -inf, which commutes with normalising them."""
-
     def __call__(self, scores: torch.Tensor, *, view: View) -> torch.Tensor:
         """Returns new scores for `scores` [B, K, V]; must not change its argument.
 
@@ -54,11 +51,6 @@ class Constraints:
 
     def __bool__(self) -> bool:
         return bool(self._processors)
-
-    @property
-    def only_mask(self) -> bool:
-        """Whether all of them only mask."""
-        return all(processor.only_masks for processor in self._processors)
 
     def __call__(self, scores: torch.Tensor, *, view: View) -> torch.Tensor:
         """Applies them in order to `scores` [B, K, V]."""

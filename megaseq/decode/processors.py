@@ -26,7 +26,6 @@ class ForcedBos(LogitsProcessor):
         """The first token."""
 
     params: Params
-    only_masks = False
 
     def __call__(self, scores: torch.Tensor, *, view: View) -> torch.Tensor:
         """See `LogitsProcessor`."""
@@ -40,7 +39,6 @@ class ForcedEos(LogitsProcessor):
         pass
 
     params: Params
-    only_masks = False
 
     def __call__(self, scores: torch.Tensor, *, view: View) -> torch.Tensor:
         """See `LogitsProcessor`."""
@@ -108,7 +106,6 @@ class RepetitionPenalty(LogitsProcessor):
                 yield f"penalty: must be above 0, but is {self.penalty}. 1.0 changes nothing; 1.2 is common."
 
     params: Params
-    only_masks = False
 
     def __call__(self, scores: torch.Tensor, *, view: View) -> torch.Tensor:
         """See `LogitsProcessor`."""

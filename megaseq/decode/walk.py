@@ -10,7 +10,7 @@ from megaseq.base import NestedMap
 from megaseq.decode.constraints import View, forbid_early_end, force_prefix
 from megaseq.decode.hypothesis import Hypothesis
 from megaseq.decode.protocol import StepDecoder
-from megaseq.decode.scoring import log_normalizer
+from megaseq.decode.scoring import log_probabilities
 from megaseq.decode.search import Limits, Search, raise_nan
 
 
@@ -85,8 +85,7 @@ class Walk(Search):
         """Adds one token to every output; `logits` [B, N or 1, V]."""
         p, step = self.params, outputs.ids.shape[-1]
         scores = logits.float()
-        normalizer = log_normalizer(scores)
-        raw = scores
+        model = log_probabilities(scores)
         if self._constraints:
             # At the first step all outputs of a source share one row of scores.
             ids = outputs.ids[:, : scores.shape[1]]
@@ -99,8 +98,8 @@ class Walk(Search):
             scores = force_prefix(scores, wanted=prefix[outputs.rows, step])
         choice = self.choose(scores, keys=outputs.keys, step=step)
         num = choice.tokens.shape[1]
-        model = raw.expand(-1, num, -1).gather(-1, choice.tokens.unsqueeze(-1)).squeeze(-1) - normalizer
-        outputs.extend(choice, model=model, eos_id=p.target_eos_id)
+        logprob = model.expand(-1, num, -1).gather(-1, choice.tokens.unsqueeze(-1)).squeeze(-1)
+        outputs.extend(choice, model=logprob, eos_id=p.target_eos_id)
 
 
 @dataclass
