@@ -58,9 +58,10 @@ void mask_block(std::uint8_t* mask, std::size_t count, Block block) {
 MEGASEQ_CLONES
 void apply_block(const float* input, float* output, std::size_t count, Block block, float scale) {
   for (std::size_t j = 0; j < count; ++j) {
-    const bool keep = hash(block, static_cast<std::uint32_t>(j)) >= block.threshold;
-    const float scaled = input[j] * scale;
-    output[j] = keep ? scaled : 0.0f;
+    // All bits or none, by arithmetic: GCC does not vectorise a choice between floats for AVX2.
+    const std::uint32_t keep = 0u - static_cast<std::uint32_t>(hash(block, static_cast<std::uint32_t>(j)) >=
+                                                               block.threshold);
+    output[j] = std::bit_cast<float>(std::bit_cast<std::uint32_t>(input[j] * scale) & keep);
   }
 }
 
