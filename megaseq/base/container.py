@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from megaseq.base import paths, source
-from megaseq.base.errors import AsText, must
+from megaseq.base.errors import AsText, ParamsError, must
 from megaseq.base.typecheck import Mapping, coerce
 from megaseq.base.unset import REMOVE
 
@@ -41,7 +41,8 @@ class ParamsDict(dict[str, Any]):
             ParamsError: The params are frozen, or key or value is of the wrong type.
         """
         if value is REMOVE:
-            self.item(key)
+            if key not in self:
+                raise self._lacks(key)
             del self[key]
             return
         path = paths.join(self.params_path, str(key))
@@ -65,11 +66,14 @@ class ParamsDict(dict[str, Any]):
             return self[key]
         made = self._owner.default_item(self._key, key)
         if made is None:
-            have = ", ".join(map(repr, self)) or "no keys"
-            raise must(self.params_path, f"have the key {key!r}", AsText(f"a dict with {have}"), "Add it first")
+            raise self._lacks(key)
         made = made.copy()
         made._place = paths.join(self.params_path, key)
         return made
+
+    def _lacks(self, key: str) -> ParamsError:
+        have = ", ".join(map(repr, self)) or "no keys"
+        return must(self.params_path, f"have the key {key!r}", AsText(f"a dict with {have}"), "Add it first")
 
     def __setitem__(self, key: str, value: Any) -> None:
         self.put(key, value, origin=source.caller())

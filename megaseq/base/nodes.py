@@ -80,7 +80,7 @@ def load(content: str, *, filename: str, origin: str = "") -> Node | None:
 
     Args:
         content: The text.
-        filename: For errors and origins.
+        filename: For errors and origins; empty on the command line, where only `origin` counts.
         origin: Who sets the values; file and line of each when empty.
 
     Raises:
@@ -101,7 +101,7 @@ def load(content: str, *, filename: str, origin: str = "") -> Node | None:
 
 
 def _convert(node: Any, *, filename: str, origin: str, above: tuple[int, ...]) -> Node:
-    where = f"{filename}:{node.start_mark.line + 1}"
+    where = f"{filename}:{node.start_mark.line + 1}" if filename else ""
     marks = {"where": where, "origin": origin or where}
     if id(node) in above:
         raise must(where, "be a tree", AsText("an alias of what contains it"), "Write it out")
@@ -129,7 +129,8 @@ def _convert(node: Any, *, filename: str, origin: str, above: tuple[int, ...]) -
                 "Remove one of the two."
             )
         lines[key.value] = line
-        entries[key.value] = _at(_convert(value, filename=filename, origin=origin, above=above), f"{filename}:{line}")
+        below = _convert(value, filename=filename, origin=origin, above=above)
+        entries[key.value] = _at(below, f"{filename}:{line}") if filename else below
     return Map(entries=entries, **marks)
 
 

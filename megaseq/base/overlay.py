@@ -100,7 +100,7 @@ def _node_of(text: str, *, hint: Any, path: str, origin: str) -> Node:
     has_items = any(isinstance(m, ParamsMeta) or typing.get_origin(m) in (tuple, dict) for m in members(hint))
     if (has_items and stripped) or stripped.startswith(('"', "'", "!remove")):
         try:
-            node = nodes.load(stripped, filename=origin, origin=origin)
+            node = nodes.load(stripped, filename="", origin=origin)
         except ParamsError:
             if has_items:
                 raise must(path, "be YAML such as [1, 2] or {a: 1}", AsText(text), "Quote it for the shell") from None
@@ -108,12 +108,12 @@ def _node_of(text: str, *, hint: Any, path: str, origin: str) -> Node:
         if node is not None and (has_items or isinstance(node, Scalar)):
             return node
     # Taken whole: a pattern like `.*bias$` or a text with a colon is no YAML, but is what the person means.
-    return Scalar(text=stripped if stripped else text, plain=bool(stripped), where=origin, origin=origin)
+    return Scalar(text=stripped if stripped else text, plain=bool(stripped), where="", origin=origin)
 
 
 def located(error: ParamsError, *, where: str) -> ParamsError:
-    """Puts file and line before each line of an error that has none yet."""
-    if isinstance(error, LocatedError):
+    """Puts file and line before each line of an error that has none yet; `where` is empty on the command line."""
+    if isinstance(error, LocatedError) or not where:
         return error
     return LocatedError("\n".join(f"{where}: {line}" for line in str(error).split("\n")))
 
@@ -147,7 +147,7 @@ def lay(params: ParamsBase, node: Map, *, replace: bool) -> None:
         except ParamsError as error:
             problems.append(str(located(error, where=entry.where)))
     if problems:
-        raise LocatedError("\n".join(problems))
+        raise (LocatedError if node.where else ParamsError)("\n".join(problems))
 
 
 def _restore(params: ParamsBase, name: str, new: Any, *, entry: Node) -> None:

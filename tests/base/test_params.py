@@ -294,7 +294,7 @@ def test_get_by_path() -> None:
             "layer.scalars.rates: must have the key 'a', but is a dict with no keys. Add it first.",
         ),
         ("encoder.nrm", "encoder.nrm: Stack has no such param; did you mean norms?"),
-        ("a..b", 'a..b: must be names joined by dots, or ["..."] for other keys, but is \'a..b\'. Mend the path.'),
+        ("a..b", "a..b: must be names joined by dots, or [\"...\"] for other keys, but is 'a..b'. Mend the path."),
     ],
 )
 def test_get_of_a_wrong_path(path: str, text: str) -> None:

@@ -20,7 +20,9 @@ texts = st.text(max_size=12) | st.sampled_from(
 keys = texts | st.sampled_from(["cls", "3", "a.b", "<<", "a b"])
 numbers = st.floats(allow_nan=True, allow_infinity=True)
 integers = st.integers(-(2**70), 2**70)
-norms = st.builds(RMSNorm.Params, dim=integers, eps=numbers) | st.builds(LayerNorm.Params, bias=st.booleans(), eps=numbers)
+norms = st.builds(RMSNorm.Params, dim=integers, eps=numbers) | st.builds(
+    LayerNorm.Params, bias=st.booleans(), eps=numbers
+)
 
 
 def changes(**values: Any) -> Any:
