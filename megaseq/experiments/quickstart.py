@@ -18,7 +18,7 @@ from megaseq.tasks.translation import Translation
 from megaseq.train.experiment import Experiment
 from megaseq.train.program import Program
 
-MAX_STEPS = 1500
+MAX_STEPS = 900
 
 
 @register
@@ -48,9 +48,9 @@ class Numbers(Experiment):
     def learner(self) -> Learner.Params:
         return Learner.Params(
             learning_rate=3e-3,
-            schedule=Warmup.Params(num_steps=150, schedule=Linear.Params(end_step=MAX_STEPS)),
+            schedule=Warmup.Params(num_steps=100, schedule=Linear.Params(end_step=MAX_STEPS)),
             optimizer=AdamW.Params(beta2=0.98),
         )
 
     def train(self) -> Program.Params:
-        return Program.Params(max_steps=MAX_STEPS, log_interval_steps=50, eval_interval_steps=500)
+        return Program.Params(max_steps=MAX_STEPS, log_interval_steps=50, eval_interval_steps=300)
