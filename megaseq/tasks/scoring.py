@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
-from megaseq.base.errors import TrainingError, must
+from megaseq.base.errors import AsText, TrainingError, must
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +51,7 @@ def corpus_scores(
         raise must(
             "scores",
             "have one reference for each hypothesis, at least one",
-            f"{len(hypotheses)} hypotheses and {len(references)} references",
+            AsText(f"{len(hypotheses)} hypotheses and {len(references)} references"),
             "Score the lines of one data set, all of them",
             kind=TrainingError,
         )

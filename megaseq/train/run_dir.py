@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from megaseq.base import params_from_yaml
-from megaseq.base.errors import TrainingError, must
+from megaseq.base.errors import AsText, TrainingError, must
 from megaseq.train.experiment import Run
 
 
@@ -69,7 +69,7 @@ class RunDirectory:
             raise must(
                 str(self.path),
                 "be a run directory, with params.yaml in it",
-                "an existing path without that file" if self.path.exists() else "a path that does not exist",
+                AsText("a path without it" if self.path.exists() else "missing"),
                 "Give the --run-dir of a training run",
                 kind=TrainingError,
             )
@@ -89,7 +89,7 @@ class RunDirectory:
             raise must(
                 f"--run-dir {self.path}",
                 "be a run directory, empty or new",
-                "a directory with other files in it",
+                AsText("a directory with other files in it"),
                 "Choose another directory",
                 kind=TrainingError,
             )
@@ -104,7 +104,7 @@ class RunDirectory:
             raise must(
                 f"--run-dir {self.path}",
                 f"hold a run of {params.name}",
-                f"a run of {before.name}",
+                AsText(f"a run of {before.name}"),
                 "Choose another directory",
                 kind=TrainingError,
             )

@@ -1,0 +1,205 @@
+"""The training job, in this process."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megaseq.base.errors import ParamsError, TrainingError
+from megaseq.checkpoint import Checkpointer, list_steps, load_checkpoint
+from megaseq.learner import MovingAverage
+from megaseq.train.early_stop import EarlyStop
+from megaseq.train.run_dir import ChangedParamsError, RunDirectory
+from megaseq.train.tracking import Callback, Sample
+from megaseq.train.tracking.jsonl import read_metrics
+from megaseq.train.trainer import Trainer
+
+from .tiny import run_params
+
+
+class Recorder(Callback):
+    """Keeps what it hears; raises `signal_at` after that step, as a scheduler would."""
+
+    def __init__(self, *, signal_at: int = 0, number: int = signal.SIGTERM) -> None:
+        self.messages: list[str] = []
+        self.samples: list[tuple[str, list[Sample]]] = []
+        self.status = ""
+        self._signal_at, self._number = signal_at, number
+
+    def on_progress(self, *, step: int) -> None:
+        if step == self._signal_at:
+            os.kill(os.getpid(), self._number)
+
+    def on_samples(self, samples: Any, *, step: int, name: str) -> None:
+        self.samples.append((name, list(samples)))
+
+    def on_message(self, text: str) -> None:
+        self.messages.append(text)
+
+    def on_finish(self, *, status: str) -> None:
+        self.status = status
+
+
+def training_lines(run_dir: Path) -> list[Mapping[str, Any]]:
+    return [record for record in read_metrics(run_dir / "metrics.jsonl") if "train/loss" in record]
+
+
+def losses(run_dir: Path) -> list[tuple[int, float, float]]:
+    return [(line["step"], line["train/loss"], line["train/grad_norm"]) for line in training_lines(run_dir)]
+
+
+def test_run_directory_after_a_whole_run(tmp_path: Path) -> None:
+    params = run_params(tmp_path, max_steps=8)
+    recorder = Recorder()
+    run = tmp_path / "run"
+    assert Trainer(params, run_dir=run, callbacks=[recorder]).fit() == "finished"
+    assert recorder.status == "finished"
+    assert RunDirectory(run).read_params() == params
+    assert RunDirectory(run).read_status() == {"status": "finished", "step": 8}
+    assert "task.model_dim : 16" in (run / "params.txt").read_text()
+    assert list_steps(run / "checkpoints") == [4, 8]
+    assert [line["step"] for line in training_lines(run)] == list(range(1, 9))
+    records = list(read_metrics(run / "metrics.jsonl"))
+    assert [r["step"] for r in records if "eval/valid/loss" in r] == [4, 8]
+    assert [r["step"] for r in records if "decode/valid/bleu" in r] == [8]
+    last = training_lines(run)[-1]
+    assert last["train/loss"] < training_lines(run)[0]["train/loss"]
+    assert 0.0 <= last["train/padding_fraction"] < 1.0 and last["train/tokens_per_second"] > 0
+    decoded = run / "decodes" / "step_00000008"
+    assert len((decoded / "valid.hyp.txt").read_text().splitlines()) == 6
+    assert (decoded / "valid.ref.txt").read_text() == (tmp_path / "valid.out").read_text()
+    assert set(json.loads((decoded / "valid.scores.json").read_text())) == {"bleu", "chrf", "exact_match"}
+    assert json.loads((decoded / "valid.jsonl").read_text().splitlines()[0])["hypotheses"][0]["logprob"] < 0
+    assert [name for name, _ in recorder.samples] == ["valid"]
+    assert len(recorder.samples[0][1]) == 2
+
+
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("stop", [3, 4])
+def test_stopped_and_resumed_run_is_the_uninterrupted_one(tmp_path: Path, packed: bool, stop: int) -> None:
+    params = run_params(tmp_path, max_steps=9, packed=packed, ema=MovingAverage.Params(decay=0.9))
+    params.task.decoder.dropout = 0.1
+    params.train.log_interval_steps = 2
+    Trainer(params, run_dir=tmp_path / "whole").fit()
+    recorder = Recorder(signal_at=stop)
+    assert Trainer(params, run_dir=tmp_path / "parts", callbacks=[recorder]).fit() == "stopped"
+    assert recorder.messages[-1] == f"SIGTERM: saved at step {stop}, the same command goes on"
+    assert RunDirectory(tmp_path / "parts").read_status() == {"status": "stopped", "step": stop}
+    assert list_steps(tmp_path / "parts" / "checkpoints")[-1] == stop
+    assert Trainer(params, run_dir=tmp_path / "parts").fit() == "finished"
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+    whole, parts = (load_checkpoint(tmp_path / name) for name in ("whole", "parts"))
+    assert whole.step == parts.step == 9
+    assert whole.state["data"] == parts.state["data"]
+    assert whole.state["learner"] == parts.state["learner"]
+    assert whole.tensors.keys() == parts.tensors.keys()
+    for name, tensor in whole.tensors.items():
+        assert torch.equal(tensor, parts.tensors[name]), name
+
+
+def test_sigint_saves_too(tmp_path: Path) -> None:
+    recorder = Recorder(signal_at=2, number=signal.SIGINT)
+    assert Trainer(run_params(tmp_path), run_dir=tmp_path / "run", callbacks=[recorder]).fit() == "stopped"
+    assert list_steps(tmp_path / "run" / "checkpoints") == [2]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_run_at_max_steps_says_so(tmp_path: Path) -> None:
+    params = run_params(tmp_path, max_steps=4)
+    Trainer(params, run_dir=tmp_path / "run").fit()
+    before = (tmp_path / "run" / "metrics.jsonl").read_text()
+    recorder = Recorder()
+    assert Trainer(params, run_dir=tmp_path / "run", callbacks=[recorder]).fit() == "finished"
+    assert "already trained to step 4 of train.max_steps=4. Raise train.max_steps" in recorder.messages[0]
+    assert (tmp_path / "run" / "metrics.jsonl").read_text() == before
+
+
+def test_changed_params_are_refused_unless_allowed(tmp_path: Path) -> None:
+    params = run_params(tmp_path, max_steps=4)
+    Trainer(params, run_dir=tmp_path / "run").fit()
+    params.train.max_steps = 6
+    with pytest.raises(ChangedParamsError, match="--allow-changed-params") as caught:
+        Trainer(params, run_dir=tmp_path / "run")
+    assert caught.value.changes == ["train.max_steps : 4 -> 6"]
+    recorder = Recorder()
+    Trainer(params, run_dir=tmp_path / "run", allow_changed_params=True, callbacks=[recorder]).fit()
+    assert "changed: train.max_steps : 4 -> 6" in recorder.messages
+    assert [line["step"] for line in training_lines(tmp_path / "run")] == [1, 2, 3, 4, 5, 6]
+    assert RunDirectory(tmp_path / "run").read_params() == params
+
+
+def test_directory_of_something_else_is_refused(tmp_path: Path) -> None:
+    params = run_params(tmp_path)
+    with pytest.raises(TrainingError, match="must be a run directory, empty or new"):
+        Trainer(params, run_dir=tmp_path)
+    Trainer(params, run_dir=tmp_path / "run")
+    with pytest.raises(TrainingError, match=r"must hold a run of other\.Name, but is a run of test\.Tiny"):
+        Trainer(params.replace(name="other.Name"), run_dir=tmp_path / "run")
+
+
+def test_all_problems_of_params_come_at_once(tmp_path: Path) -> None:
+    params = run_params(tmp_path)
+    params.train.max_steps = 0
+    params.task.label_smoothing = 1.5
+    with pytest.raises(ParamsError) as caught:
+        Trainer(params, run_dir=tmp_path / "run")
+    assert "train.max_steps" in str(caught.value) and "task.label_smoothing" in str(caught.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_early_stop_ends_the_run(tmp_path: Path) -> None:
+    params = run_params(tmp_path, max_steps=50, learning_rate=0.0)
+    params.train.eval_interval_steps = 2
+    params.train.early_stop = EarlyStop.Params(metric="eval/valid/loss", window_steps=4)
+    recorder = Recorder()
+    assert Trainer(params, run_dir=tmp_path / "run", callbacks=[recorder]).fit() == "finished"
+    assert RunDirectory(tmp_path / "run").read_status()["step"] == 6
+    assert "eval/valid/loss has not improved on" in recorder.messages[-1]
+
+
+def test_minutes_end_the_run(tmp_path: Path) -> None:
+    params = run_params(tmp_path, max_steps=100_000)
+    params.train.max_minutes = 1e-6
+    recorder = Recorder()
+    assert Trainer(params, run_dir=tmp_path / "run", callbacks=[recorder]).fit() == "finished"
+    assert recorder.messages[-1] == "finished at step 1: train.max_minutes is 1e-06"
+    assert list_steps(tmp_path / "run" / "checkpoints") == [1]
+
+
+def test_best_checkpoint_is_kept_by_the_metric_of_its_step(tmp_path: Path) -> None:
+    params = run_params(tmp_path, max_steps=12)
+    params.checkpoint = Checkpointer.Params(
+        interval_steps=4, keep_last=1, keep_best=1, best_metric="eval/valid/loss", best_mode="max"
+    )
+    Trainer(params, run_dir=tmp_path / "run").fit()
+    # The loss falls, so the one with the highest is the first.
+    assert list_steps(tmp_path / "run" / "checkpoints") == [4, 12]
+
+
+def test_corrupted_newest_checkpoint_falls_back(tmp_path: Path) -> None:
+    params = run_params(tmp_path, max_steps=8)
+    Trainer(params, run_dir=tmp_path / "whole").fit()
+    Trainer(params, run_dir=tmp_path / "run", callbacks=[Recorder(signal_at=6)]).fit()
+    victim = max((tmp_path / "run/checkpoints/step_00000006").glob("*.safetensors"), key=lambda p: p.stat().st_size)
+    victim.write_bytes(victim.read_bytes()[:-7])
+    recorder = Recorder()
+    assert Trainer(params, run_dir=tmp_path / "run", callbacks=[recorder]).fit() == "finished"
+    assert "Going on from step 4." in recorder.messages[0] and victim.name in recorder.messages[0]
+    assert losses(tmp_path / "run") == losses(tmp_path / "whole")
+
+
+def test_failure_is_recorded(tmp_path: Path) -> None:
+    params = run_params(tmp_path, max_steps=8, learning_rate=1e30, clip_norm=None)
+    params.learner.skip.max_consecutive = 2
+    recorder = Recorder()
+    with pytest.raises(TrainingError, match="must not skip 2 updates in a row"):
+        Trainer(params, run_dir=tmp_path / "run", callbacks=[recorder]).fit()
+    assert recorder.status == "failed"
+    assert RunDirectory(tmp_path / "run").read_status()["status"] == "failed"
