@@ -18,7 +18,7 @@ MANIFEST = "manifest.json"
 _log = logging.getLogger(__name__)
 
 
-def build_once(directory: Path, build: Callable[[Path], None], *, what: str) -> Path:
+def build_once(directory: Path, *, build: Callable[[Path], None], what: str) -> Path:
     """Makes sure that `directory` is there and complete, and returns it.
 
     `build` writes into a temporary directory beside it, which gets a manifest of sizes, is flushed to the disk and
@@ -39,7 +39,7 @@ def build_once(directory: Path, build: Callable[[Path], None], *, what: str) -> 
         directory.parent.mkdir(parents=True, exist_ok=True)
         with locked(directory.with_name(f"{directory.name}.lock"), what=what):
             if not is_complete(directory):
-                _build(directory, build)
+                _build(directory, build=build)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM):
             raise
@@ -79,7 +79,7 @@ def locked(path: Path, *, what: str) -> Iterator[None]:
         yield
 
 
-def _build(directory: Path, build: Callable[[Path], None]) -> None:
+def _build(directory: Path, *, build: Callable[[Path], None]) -> None:
     for leftover in directory.parent.glob(f"{directory.name}.tmp-*"):
         shutil.rmtree(leftover, ignore_errors=True)
     if directory.exists():  # Damaged: it is not complete.

@@ -30,8 +30,8 @@ class TokenCache:
     def __init__(self, directory: Path, *, key: str, vocabulary: Vocabulary) -> None:
         self.key = key
         """Names the ids: equal keys, equal ids."""
-        self.source = Column(directory, "source", dtype=id_type(vocabulary.source))
-        self.target = Column(directory, "target", dtype=id_type(vocabulary.target))
+        self.source = Column(directory, name="source", dtype=id_type(vocabulary.source))
+        self.target = Column(directory, name="target", dtype=id_type(vocabulary.target))
 
     @classmethod
     def open(cls, texts: TextStore, *, vocabulary: Vocabulary, cache_dir: Path) -> TokenCache:
@@ -42,10 +42,10 @@ class TokenCache:
 
         def build(temporary: Path) -> None:
             began = time.monotonic()
-            write_tokens(texts, vocabulary, temporary)
+            write_tokens(texts, vocabulary=vocabulary, directory=temporary)
             _log.info("tokenized %d pairs in %.1f s", len(texts), time.monotonic() - began)
 
-        build_once(directory, build, what=f"token cache of {texts.location(0).rpartition(':')[0]}")
+        build_once(directory, build=build, what=f"token cache of {texts.location(0).rpartition(':')[0]}")
         cache = cls(directory, key=key, vocabulary=vocabulary)
         if len(cache.source) != len(texts) or len(cache.target) != len(texts):
             found = f"{len(cache.source)} and {len(cache.target)}"
@@ -61,14 +61,14 @@ def id_type(tokenizer: Tokenizer) -> npt.DTypeLike:
     return np.dtype("<u2") if tokenizer.vocab_size <= 1 << 16 else np.dtype("<u4")
 
 
-def write_tokens(texts: TextStore, vocabulary: Vocabulary, directory: Path) -> None:
+def write_tokens(texts: TextStore, *, vocabulary: Vocabulary, directory: Path) -> None:
     """Tokenizes all of `texts` into the files of a cache; holds one chunk at a time."""
     for name, tokenizer in (("source", vocabulary.source), ("target", vocabulary.target)):
         tokenizer.num_threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
         column = texts.side(name)
         dtype = id_type(tokenizer)
-        with ColumnWriter(directory, name) as writer:
+        with ColumnWriter(directory, name=name) as writer:
             for start in range(0, len(column), _CHUNK):
                 indices = np.arange(start, min(start + _CHUNK, len(column)), dtype=np.int64)
                 encoded = tokenizer.encode_batch([text.decode() for text in column.read(indices)])
-                writer.append(np.concatenate(encoded).astype(dtype), [len(ids) for ids in encoded])
+                writer.append(np.concatenate(encoded).astype(dtype), lengths=[len(ids) for ids in encoded])

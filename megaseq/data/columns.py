@@ -16,7 +16,7 @@ from megaseq.data.order import Int64Array
 Array = npt.NDArray[Any]
 
 
-def map_file(path: Path, dtype: npt.DTypeLike) -> Array:
+def map_file(path: Path, *, dtype: npt.DTypeLike) -> Array:
     """Maps a file of numbers for reading; an empty file is an empty array."""
     with open(path, "rb") as file:
         if path.stat().st_size == 0:
@@ -39,7 +39,7 @@ def release(array: Array) -> None:
 class ColumnWriter:
     """Writes `NAME.values` and `NAME.offsets` (little-endian int64, one more than sequences)."""
 
-    def __init__(self, directory: Path, name: str) -> None:
+    def __init__(self, directory: Path, *, name: str) -> None:
         self._values = open(directory / f"{name}.values", "wb")  # noqa: SIM115
         self._offsets = open(directory / f"{name}.offsets", "wb")  # noqa: SIM115
         self._offsets.write(np.zeros(1, dtype="<i8").tobytes())
@@ -54,7 +54,7 @@ class ColumnWriter:
         self._values.close()
         self._offsets.close()
 
-    def append(self, values: bytes | Array, lengths: Sequence[int] | Array) -> None:
+    def append(self, values: bytes | Array, *, lengths: Sequence[int] | Array) -> None:
         """Appends sequences of `lengths` items, which stand behind each other in `values`."""
         ends = np.cumsum(np.asarray(lengths, dtype="<i8")) + self._end
         self._values.write(values if isinstance(values, bytes) else values.tobytes())
@@ -66,14 +66,14 @@ class ColumnWriter:
 class Column:
     """Sequences in files that a `ColumnWriter` wrote, read through memory maps."""
 
-    def __init__(self, directory: Path, name: str, *, dtype: npt.DTypeLike) -> None:
+    def __init__(self, directory: Path, *, name: str, dtype: npt.DTypeLike) -> None:
         self._origin = (directory, name, dtype)
-        self.values = map_file(directory / f"{name}.values", dtype)
-        self.offsets = map_file(directory / f"{name}.offsets", "<i8")
+        self.values = map_file(directory / f"{name}.values", dtype=dtype)
+        self.offsets = map_file(directory / f"{name}.offsets", dtype="<i8")
 
     def __reduce__(self) -> tuple[Any, ...]:
         """A copy in another process maps the files itself."""
-        return _open_column, self._origin
+        return _open_column, (self._origin,)
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -91,8 +91,8 @@ class Column:
         order = np.argsort(starts, kind="stable")
         # In pieces, so that the arrays of places stay small beside the result.
         for piece in np.array_split(order, max(1, total >> 20)):
-            places = ranges(starts[piece], lengths[piece])
-            result[ranges((ends - lengths)[piece], lengths[piece])] = self.values[places]
+            places = ranges(starts[piece], lengths=lengths[piece])
+            result[ranges((ends - lengths)[piece], lengths=lengths[piece])] = self.values[places]
         release(self.values)
         release(self.offsets)
         return result, lengths
@@ -106,11 +106,11 @@ class Column:
         return texts
 
 
-def _open_column(directory: Path, name: str, dtype: npt.DTypeLike) -> Column:
-    return Column(directory, name, dtype=dtype)
+def _open_column(origin: tuple[Path, str, npt.DTypeLike]) -> Column:
+    return Column(origin[0], name=origin[1], dtype=origin[2])
 
 
-def ranges(starts: Int64Array, lengths: Int64Array) -> Int64Array:
+def ranges(starts: Int64Array, *, lengths: Int64Array) -> Int64Array:
     """Returns starts[0], starts[0] + 1, ... (lengths[0] of them), starts[1], ...: int64 [sum of lengths]."""
     ends = np.cumsum(lengths)
     total = int(ends[-1]) if len(ends) else 0

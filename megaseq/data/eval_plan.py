@@ -43,13 +43,13 @@ def sorted_plan(*, source_lengths: Lengths, target_lengths: Lengths, max_tokens:
         row_offsets=np.arange(len(examples) + 1, dtype=np.int64),
         examples=examples,
         num_rows=np.diff(offsets),
-        source_lengths=_longest(source_lengths[examples], offsets),
-        target_lengths=_longest(target_lengths[examples], offsets),
+        source_lengths=_longest(source_lengths[examples], offsets=offsets),
+        target_lengths=_longest(target_lengths[examples], offsets=offsets),
         dropped=np.empty(0, dtype=np.int64),
     )
 
 
-def _longest(lengths: Lengths, offsets: Int64Array) -> Int64Array:
+def _longest(lengths: Lengths, *, offsets: Int64Array) -> Int64Array:
     if not len(lengths):
         return np.empty(0, dtype=np.int64)
     longest: Int64Array = np.maximum.reduceat(lengths.astype(np.int64), offsets[:-1])

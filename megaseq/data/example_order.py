@@ -41,10 +41,10 @@ class ExampleOrder:
         ranks = np.empty(stop - start, dtype=np.int64)
         for k in range(len(self._sizes)):
             mine = np.flatnonzero(source_of == k)
-            ranks[mine] = self._ranks(k, epoch * self._draws[k] + dealt[mine] - self._starts[k])
+            ranks[mine] = self._ranks(k, draws=epoch * self._draws[k] + dealt[mine] - self._starts[k])
         return source_of.astype(np.int64), ranks
 
-    def _ranks(self, k: int, draws: Int64Array) -> Int64Array:
+    def _ranks(self, k: int, *, draws: Int64Array) -> Int64Array:
         """Returns the ranks of source k's draws, counted since the beginning of training."""
         epochs, places = np.divmod(draws, max(1, self._sizes[k]))
         ranks = np.empty(len(draws), dtype=np.int64)

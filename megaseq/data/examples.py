@@ -52,19 +52,19 @@ class Examples:
         self._sources: list[_Opened] = []
         first = 0
         for name, source in components:
-            _check_tag(source.params.tag, vocabulary.source)
+            _check_tag(source.params.tag, tokenizer=vocabulary.source)
             texts = TextStore.open(source, cache_dir=cache_dir)
             tokens = TokenCache.open(texts, vocabulary=vocabulary, cache_dir=cache_dir)
-            found = screen(tokens.source, tokens.target, limits)
-            self._sources.append(_Opened(name, texts, tokens, first, Selection(len(texts), found.dropped)))
-            self._report(texts, "dropped_empty", "have an empty side", found.empty)
+            found = screen(tokens.source, target=tokens.target, limits=limits, num_tags=len(source.params.tag.split()))
+            self._sources.append(_Opened(name, texts, tokens, first, Selection(len(texts), dropped=found.dropped)))
+            self._report(texts, key="dropped_empty", what="have an empty side", indices=found.empty)
             beyond = f"are longer than {limits.max_source_length} or {limits.max_target_length} tokens"
-            self._report(texts, "dropped_too_long", beyond, found.too_long)
+            self._report(texts, key="dropped_too_long", what=beyond, indices=found.too_long)
             first += len(texts)
         self.stats["examples"] = first
         self._check_any()
 
-    def _report(self, texts: TextStore, key: str, what: str, indices: Int64Array) -> None:
+    def _report(self, texts: TextStore, *, key: str, what: str, indices: Int64Array) -> None:
         if not len(indices):
             return
         self.stats[key] += len(indices)
@@ -105,7 +105,9 @@ class Examples:
         for opened in self._sources:
             ranks = np.arange(0, len(opened.selection), share, dtype=np.int64)
             indices = opened.selection.indices(ranks)
-            parts.append(lengths_of(opened.tokens.source, opened.tokens.target, indices, self.limits))
+            parts.append(
+                lengths_of(opened.tokens.source, target=opened.tokens.target, indices=indices, limits=self.limits)
+            )
         return Lengths(np.concatenate([part.source for part in parts]), np.concatenate([part.target for part in parts]))
 
     def fitting(self, fits: Callable[[Lengths], Mask], *, what: str) -> Examples:
@@ -115,14 +117,16 @@ class Examples:
         other._sources = []
         for opened in self._sources:
             before = opened.selection.dropped
-            refused = misfits(opened.tokens.source, opened.tokens.target, self.limits, before, fits)
-            other._report(opened.texts, "dropped_unbatched", what, refused)
-            selection = Selection(len(opened.texts), np.union1d(before, refused))
+            refused = misfits(
+                opened.tokens.source, target=opened.tokens.target, limits=self.limits, dropped=before, fits=fits
+            )
+            other._report(opened.texts, key="dropped_unbatched", what=what, indices=refused)
+            selection = Selection(len(opened.texts), dropped=np.union1d(before, refused))
             other._sources.append(opened._replace(selection=selection))
         other._check_any()
         return other
 
-    def kept_numbers(self, start: int, stop: int) -> Int64Array:
+    def kept_numbers(self, start: int, *, stop: int) -> Int64Array:
         """Returns the numbers of those examples from `start` to `stop`, counted over those that take part, in order."""
         parts, passed = [], 0
         for opened in self._sources:
@@ -132,7 +136,7 @@ class Examples:
             passed += size
         return np.concatenate(parts)
 
-    def numbers(self, sources: Int64Array, ranks: Int64Array) -> Int64Array:
+    def numbers(self, sources: Int64Array, *, ranks: Int64Array) -> Int64Array:
         """Returns the numbers of examples given by source and rank among those of the source that take part."""
         result = np.empty(len(ranks), dtype=np.int64)
         for k, opened in enumerate(self._sources):
@@ -153,11 +157,11 @@ class Examples:
             ("source", self.vocabulary.source, self.limits.max_source_length),
             ("target", self.vocabulary.target, self.limits.max_target_length),
         ):
-            side = self._gather(numbers, name, tokenizer)
+            side = self._gather(numbers, name=name, tokenizer=tokenizer)
             if sample_seed is not None and tokenizer.samples:
                 # The two sides must not share their random numbers where they share a tokenizer.
                 seed = int.from_bytes(hashlib.blake2b(f"{sample_seed}/{name}".encode(), digest_size=4).digest())
-                side = self._sample(numbers, name, tokenizer, best=side, seed=seed, limit=limit)
+                side = self._sample(numbers, name=name, tokenizer=tokenizer, best=side, seed=seed, limit=limit)
             sides.append(side._replace(lengths=np.minimum(side.lengths, limit - 1)))
         return Window(sides[0], sides[1], numbers)
 
@@ -172,7 +176,7 @@ class Examples:
                 split.append((opened, places, numbers[places] - opened.first))
         return split
 
-    def _gather(self, numbers: Int64Array, name: str, tokenizer: Tokenizer) -> Side:
+    def _gather(self, numbers: Int64Array, *, name: str, tokenizer: Tokenizer) -> Side:
         starts, lengths = np.zeros(len(numbers), dtype=np.int64), np.zeros(len(numbers), dtype=np.int64)
         pieces: list[Any] = [np.empty(0, dtype=id_type(tokenizer))]
         end = 0
@@ -186,7 +190,7 @@ class Examples:
         return Side(pieces[1] if len(pieces) == 2 else np.concatenate(pieces), starts, lengths)
 
     def _sample(
-        self, numbers: Int64Array, name: str, tokenizer: Tokenizer, *, best: Side, seed: int, limit: int
+        self, numbers: Int64Array, *, name: str, tokenizer: Tokenizer, best: Side, seed: int, limit: int
     ) -> Side:
         texts = self.texts(numbers)[0 if name == "source" else 1]
         drawn = tokenizer.encode_batch(texts, seed=seed)
@@ -215,7 +219,7 @@ class Examples:
         return 2.0 + tokens / max(1, self.total)
 
 
-def _check_tag(tag: str, tokenizer: Tokenizer) -> None:
+def _check_tag(tag: str, *, tokenizer: Tokenizer) -> None:
     for piece in tag.split():
         if piece not in tokenizer.params.tags:
             known = ", ".join(tokenizer.params.tags) or "no tags"

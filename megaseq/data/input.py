@@ -216,7 +216,7 @@ class Input(Configurable):
 
     def _loader(self) -> Any:
         return DataLoader(
-            _WorkerStream(self, self._position),
+            _WorkerStream(self, position=self._position),
             batch_size=None,
             num_workers=self.params.num_workers,
             prefetch_factor=max(1, self.params.prefetch),
@@ -240,25 +240,25 @@ class Input(Configurable):
         with ThreadPoolExecutor(max_workers=1) as executor:
             loaded: Future[_Loaded] | None = None
             while True:
-                current = loaded.result() if loaded is not None else self._load(epoch, index)
+                current = loaded.result() if loaded is not None else self._load(epoch, index=index)
                 next_epoch, next_index = (epoch, index + 1) if index + 1 < windows else (epoch + 1, 0)
-                loaded = executor.submit(self._load, next_epoch, next_index) if ahead else None
+                loaded = executor.submit(self._load, epoch=next_epoch, index=next_index) if ahead else None
                 last = current.plan.num_batches - 1
                 for batch in range(first, last + 1):
                     if turn % workers == worker:
                         following = Position(epoch, index, batch + 1)
                         if batch == last:
                             following = Position(next_epoch, next_index, 0)
-                        yield self._make(current, batch), following
+                        yield self._make(current, batch=batch), following
                     turn += 1
                 epoch, index, first = next_epoch, next_index, 0
 
-    def _load(self, epoch: int, index: int) -> _Loaded:
+    def _load(self, epoch: int, *, index: int) -> _Loaded:
         """Brings one window into memory and plans its batches."""
         p = self.params
         start, stop = window_range(size=self._order.size, window=self._window_size, index=index)
         sources, ranks = self._order.examples(epoch=epoch, start=start, stop=stop)
-        numbers = self._training.numbers(sources, ranks)
+        numbers = self._training.numbers(sources, ranks=ranks)
         seed = None
         if self._samples:
             text = f"megaseq.segmentations/{p.seed}/{epoch}/{index}"
@@ -282,13 +282,15 @@ class Input(Configurable):
             return window
         best = self._training.window(window.example_ids, sample_seed=None)
         return Window(
-            window.source.replaced(~fits, best.source), window.target.replaced(~fits, best.target), window.example_ids
+            window.source.replaced(~fits, other=best.source),
+            window.target.replaced(~fits, other=best.target),
+            window.example_ids,
         )
 
-    def _make(self, loaded: _Loaded, batch: int) -> NestedMap:
+    def _make(self, loaded: _Loaded, *, batch: int) -> NestedMap:
         return make_batch(
             loaded.window,
-            loaded.plan.batch(batch).shard(rank=self.data_rank, ranks=self.data_ranks),
+            planned=loaded.plan.batch(batch).shard(rank=self.data_rank, ranks=self.data_ranks),
             source=self.vocabulary.source,
             target=self.vocabulary.target,
             with_example_ids=isinstance(self._batching, Bucketing),
@@ -309,7 +311,7 @@ class Input(Configurable):
         total = sum(self._examples.sizes)
         for index in range(num_windows(size=total, window=self._window_size)):
             start, stop = window_range(size=total, window=self._window_size, index=index)
-            window = self._examples.window(self._examples.kept_numbers(start, stop), sample_seed=None)
+            window = self._examples.window(self._examples.kept_numbers(start, stop=stop), sample_seed=None)
             plan = sorted_plan(
                 source_lengths=window.source.lengths + 1,
                 target_lengths=window.target.lengths + 1,
@@ -319,7 +321,7 @@ class Input(Configurable):
             for planned in plan.batches():
                 yield make_batch(
                     window,
-                    planned.shard(rank=self.data_rank, ranks=self.data_ranks),
+                    planned=planned.shard(rank=self.data_rank, ranks=self.data_ranks),
                     source=self.vocabulary.source,
                     target=self.vocabulary.target,
                     with_example_ids=True,
@@ -343,7 +345,7 @@ class Input(Configurable):
 class _WorkerStream(IterableDataset[Any]):
     """What a worker process runs: its part of the stream."""
 
-    def __init__(self, owner: Input, position: Position) -> None:
+    def __init__(self, owner: Input, *, position: Position) -> None:
         self._owner, self._position = owner, position
 
     def __iter__(self) -> Iterator[Any]:

@@ -57,10 +57,10 @@ class Mixture(Configurable):
         weights = [size ** (1 / p.temperature) for size in sizes]
         if p.weights:
             weights = [p.weights[component.name] for component in self.components]
-        return apportion(sum(sizes), weights)
+        return apportion(sum(sizes), weights=weights)
 
 
-def apportion(total: int, weights: Sequence[float]) -> list[int]:
+def apportion(total: int, *, weights: Sequence[float]) -> list[int]:
     """Splits `total` in whole parts proportional to `weights`, by largest remainder; ties go to the first."""
     scale = sum(weights)
     exact = [total * weight / scale for weight in weights]

@@ -35,7 +35,7 @@ class Lengths(NamedTuple):
 class Selection:
     """The pairs of one source that take part, by rank; keeps only the list of those that do not."""
 
-    def __init__(self, total: int, dropped: Int64Array) -> None:
+    def __init__(self, total: int, *, dropped: Int64Array) -> None:
         self._total = total
         self.dropped = dropped
         """Indices of the pairs left out, ascending."""
@@ -62,11 +62,11 @@ class Found(NamedTuple):
         return np.union1d(self.empty, self.too_long)
 
 
-def screen(source: Column, target: Column, limits: Limits) -> Found:
-    """Looks at the lengths of all pairs, a piece at a time."""
+def screen(source: Column, *, target: Column, limits: Limits, num_tags: int = 0) -> Found:
+    """Looks at the lengths of all pairs, a piece at a time; a source of only its `num_tags` tags is empty."""
     empty, too_long = [], []
-    for start, sources, targets in _raw_lengths(source, target):
-        blank = (sources == 0) | (targets == 0)
+    for start, sources, targets in _raw_lengths(source, target=target):
+        blank = (sources <= num_tags) | (targets == 0)
         if not limits.keep_empty:
             empty.append(start + np.flatnonzero(blank))
         if not limits.truncate:
@@ -77,24 +77,24 @@ def screen(source: Column, target: Column, limits: Limits) -> Found:
 
 
 def misfits(
-    source: Column, target: Column, limits: Limits, dropped: Int64Array, fits: Callable[[Lengths], Mask]
+    source: Column, *, target: Column, limits: Limits, dropped: Int64Array, fits: Callable[[Lengths], Mask]
 ) -> Int64Array:
     """Returns the pairs outside of `dropped` that `fits` refuses, ascending."""
     refused = []
-    for start, sources, targets in _raw_lengths(source, target):
-        refused.append(start + np.flatnonzero(~fits(with_eos(sources, targets, limits))))
+    for start, sources, targets in _raw_lengths(source, target=target):
+        refused.append(start + np.flatnonzero(~fits(with_eos(sources, target=targets, limits=limits))))
     return np.setdiff1d(_join(refused), dropped, assume_unique=True)
 
 
-def lengths_of(source: Column, target: Column, indices: Int64Array, limits: Limits) -> Lengths:
+def lengths_of(source: Column, *, target: Column, indices: Int64Array, limits: Limits) -> Lengths:
     """Returns the lengths of the pairs `indices`."""
     lengths = [column.offsets[indices + 1] - column.offsets[indices] for column in (source, target)]
     for column in (source, target):
         release(column.offsets)
-    return with_eos(lengths[0], lengths[1], limits)
+    return with_eos(lengths[0], target=lengths[1], limits=limits)
 
 
-def with_eos(source: npt.NDArray[Any], target: npt.NDArray[Any], limits: Limits) -> Lengths:
+def with_eos(source: npt.NDArray[Any], *, target: npt.NDArray[Any], limits: Limits) -> Lengths:
     """Returns lengths with eos, cut to the limits, from token counts without it."""
     return Lengths(
         np.minimum(source + 1, limits.max_source_length).astype(np.int32),
@@ -102,7 +102,7 @@ def with_eos(source: npt.NDArray[Any], target: npt.NDArray[Any], limits: Limits)
     )
 
 
-def _raw_lengths(source: Column, target: Column) -> Iterator[tuple[int, Int64Array, Int64Array]]:
+def _raw_lengths(source: Column, *, target: Column) -> Iterator[tuple[int, Int64Array, Int64Array]]:
     for start in range(0, len(source), _STEP):
         stop = min(start + _STEP, len(source))
         yield start, np.diff(source.offsets[start : stop + 1]), np.diff(target.offsets[start : stop + 1])

@@ -103,13 +103,13 @@ class ParallelText(Source):
                     line = source.next_line
                     sources, targets = source.read(CHUNK_PAIRS), target.read(CHUNK_PAIRS)
                     if len(sources) != len(targets):
-                        raise _unequal(source, target)
+                        raise _unequal(source, target=target)
                     if not sources:
                         break
                     yield Chunk(sources, targets, source_file, line)
 
 
-def _unequal(source: LineReader, target: LineReader) -> Exception:
+def _unequal(source: LineReader, *, target: LineReader) -> Exception:
     """The error for two files of unequal line count; both readers stand after the first chunk that differs."""
     longer, shorter = (source, target) if source.next_line > target.next_line else (target, source)
     end = shorter.next_line - 1
@@ -215,10 +215,12 @@ class Jsonl(_LineSource):
             value = json.loads(line.text)
         except ValueError as error:
             raise data_error(str(line), "be one JSON object", f"not JSON: {error}", "Repair the line") from None
-        return self._text(line, value, self.params.source_key), self._text(line, value, self.params.target_key)
+        return self._text(line, value=value, key=self.params.source_key), self._text(
+            line, value=value, key=self.params.target_key
+        )
 
     @staticmethod
-    def _text(line: Line, value: object, key: str) -> bytes:
+    def _text(line: Line, *, value: object, key: str) -> bytes:
         for part in key.split("."):
             if not isinstance(value, dict) or part not in value:
                 keys = ", ".join(sorted(value)) if isinstance(value, dict) else type(value).__name__

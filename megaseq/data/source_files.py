@@ -138,7 +138,7 @@ class FileDigests:
         with open(absolute, "rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
         if memory is not None and time.time_ns() - stat.st_mtime_ns > _SETTLED_NANOSECONDS:
-            _write_json(memory, {"file": now, "sha256": digest})
+            _write_json(memory, value={"file": now, "sha256": digest})
         return digest
 
 
@@ -150,7 +150,7 @@ def _read_json(path: Path) -> object:
     return value
 
 
-def _write_json(path: Path, value: object) -> None:
+def _write_json(path: Path, *, value: object) -> None:
     """Writes by rename, so that a reader never sees half a file; a read-only directory only costs the memory."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -26,8 +26,8 @@ class TextStore:
     def __init__(self, directory: Path, *, key: str, files: Sequence[str]) -> None:
         self.key = key
         """Names the texts: equal keys, equal texts."""
-        self.source = Column(directory, "source", dtype=np.uint8)
-        self.target = Column(directory, "target", dtype=np.uint8)
+        self.source = Column(directory, name="source", dtype=np.uint8)
+        self.target = Column(directory, name="target", dtype=np.uint8)
         starts = json.loads((directory / _FILES).read_bytes())
         self._first_examples = np.array([start["example"] for start in starts], dtype=np.int64)
         self._first_lines = [int(start["line"]) for start in starts]
@@ -43,7 +43,11 @@ class TextStore:
         fingerprint = source.fingerprint(FileDigests(cache_dir / "digests"))
         key = hashlib.sha256(f"text/{FORMAT}/{fingerprint}".encode()).hexdigest()[:32]
         directory = cache_dir / "texts" / key
-        build_once(directory, lambda temporary: write_texts(source, temporary), what=f"text of {source.files()[0]}")
+        build_once(
+            directory,
+            build=lambda temporary: write_texts(source, directory=temporary),
+            what=f"text of {source.files()[0]}",
+        )
         return cls(directory, key=key, files=source.files())
 
     def __len__(self) -> int:
@@ -65,16 +69,16 @@ class TextStore:
         return f"{self._files[place]}:{line}"
 
 
-def write_texts(source: Source, directory: Path) -> None:
+def write_texts(source: Source, *, directory: Path) -> None:
     """Streams `source` into the files of a text store."""
     starts: list[dict[str, int]] = []
     last_file, count = None, 0
-    with ColumnWriter(directory, "source") as sources, ColumnWriter(directory, "target") as targets:
+    with ColumnWriter(directory, name="source") as sources, ColumnWriter(directory, name="target") as targets:
         for chunk in source.stream():
             if chunk.file != last_file:
                 starts.append({"example": count, "line": chunk.line})
                 last_file = chunk.file
-            sources.append(b"".join(chunk.source), [len(text) for text in chunk.source])
-            targets.append(b"".join(chunk.target), [len(text) for text in chunk.target])
+            sources.append(b"".join(chunk.source), lengths=[len(text) for text in chunk.source])
+            targets.append(b"".join(chunk.target), lengths=[len(text) for text in chunk.target])
             count += len(chunk.source)
     (directory / _FILES).write_text(json.dumps(starts))

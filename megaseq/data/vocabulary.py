@@ -55,14 +55,18 @@ class Vocabulary(Configurable):
         """
         super().__init__(p)
         if files is not None:
-            self.source = _restore(p.source, files, "source")
-            self.target = self.source if p.target is None else _restore(p.target, files, "target")
+            self.source = _restore(p.source, files=files, side="source")
+            self.target = self.source if p.target is None else _restore(p.target, files=files, side="target")
             return
         cache = None if cache_dir is None else Path(cache_dir)
-        corpora = _Corpora(p, learn_from, cache) if learn_from is not None and cache is not None else None
+        corpora = (
+            _Corpora(p, source=learn_from, cache_dir=cache) if learn_from is not None and cache is not None else None
+        )
         sides = ("source", "target") if p.target is None else ("source",)
-        self.source = _build(p.source, corpora, sides, cache)
-        self.target = self.source if p.target is None else _build(p.target, corpora, ("target",), cache)
+        self.source = _build(p.source, corpora=corpora, sides=sides, cache_dir=cache)
+        self.target = (
+            self.source if p.target is None else _build(p.target, corpora=corpora, sides=("target",), cache_dir=cache)
+        )
 
     @property
     def joint(self) -> bool:
@@ -93,13 +97,15 @@ class Vocabulary(Configurable):
             )
 
 
-def _restore(p: Tokenizer.Params, files: Mapping[str, bytes], side: str) -> Tokenizer:
+def _restore(p: Tokenizer.Params, *, files: Mapping[str, bytes], side: str) -> Tokenizer:
     own = {name.removeprefix(f"{side}."): data for name, data in files.items() if name.startswith(f"{side}.")}
     tokenizer: Tokenizer = p.instantiate(files=own)
     return tokenizer
 
 
-def _build(p: Tokenizer.Params, corpora: _Corpora | None, sides: tuple[str, ...], cache_dir: Path | None) -> Tokenizer:
+def _build(
+    p: Tokenizer.Params, *, corpora: _Corpora | None, sides: tuple[str, ...], cache_dir: Path | None
+) -> Tokenizer:
     # Only a tokenizer that learns needs the corpus, which reads the texts.
     learns = corpora is not None and p.cls.learns(p)
     return build(p, corpus=corpora.of(sides) if corpora is not None and learns else None, cache_dir=cache_dir)
@@ -108,7 +114,7 @@ def _build(p: Tokenizer.Params, corpora: _Corpora | None, sides: tuple[str, ...]
 class _Corpora:
     """Texts to learn from, read from the text caches of a source's components."""
 
-    def __init__(self, p: Vocabulary.Params, source: Source.Params | Mixture.Params, cache_dir: Path) -> None:
+    def __init__(self, p: Vocabulary.Params, *, source: Source.Params | Mixture.Params, cache_dir: Path) -> None:
         self._params = p
         self._components = [component.source for component in components(source)]
         self._cache_dir = cache_dir

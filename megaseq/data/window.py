@@ -22,7 +22,7 @@ class Side(NamedTuple):
     starts: Int64Array
     lengths: Int64Array
 
-    def replaced(self, where: npt.NDArray[np.bool_], other: Side) -> Side:
+    def replaced(self, where: npt.NDArray[np.bool_], *, other: Side) -> Side:
         """Returns a side with the examples `where` taken from `other`."""
         starts = np.where(where, len(self.ids) + other.starts, self.starts)
         lengths = np.where(where, other.lengths, self.lengths)
@@ -50,7 +50,7 @@ class _Placed(NamedTuple):
 
 
 def make_batch(
-    window: Window, planned: PlannedBatch, *, source: Tokenizer, target: Tokenizer, with_example_ids: bool
+    window: Window, *, planned: PlannedBatch, source: Tokenizer, target: Tokenizer, with_example_ids: bool
 ) -> NestedMap:
     """Makes the tensors of one planned batch.
 
@@ -67,8 +67,8 @@ def make_batch(
         target ids are the labels one place later with bos in front. Ids and positions int64, segment ids int32, weights
         float32.
     """
-    sources = _place(window.source, planned, width=planned.source_length, tokenizer=source)
-    targets = _place(window.target, planned, width=planned.target_length, tokenizer=target)
+    sources = _place(window.source, planned=planned, width=planned.source_length, tokenizer=source)
+    targets = _place(window.target, planned=planned, width=planned.target_length, tokenizer=target)
     batch = NestedMap(
         source=NestedMap(
             ids=torch.from_numpy(sources.tokens),
@@ -91,7 +91,7 @@ def make_batch(
     return batch
 
 
-def _place(side: Side, planned: PlannedBatch, *, width: int, tokenizer: Tokenizer) -> _Placed:
+def _place(side: Side, *, planned: PlannedBatch, width: int, tokenizer: Tokenizer) -> _Placed:
     """Lays the examples of a batch out in rows, each behind the other."""
     examples, offsets = planned.examples, planned.row_offsets
     lengths = side.lengths[examples]
@@ -101,9 +101,9 @@ def _place(side: Side, planned: PlannedBatch, *, width: int, tokenizer: Tokenize
     per_row = np.diff(offsets)
     row_of = np.repeat(np.arange(len(per_row)), per_row)
     first_of_row = offsets[:-1][row_of]
-    places = ranges(row_of * width + starts - starts[first_of_row], sizes)
+    places = ranges(row_of * width + starts - starts[first_of_row], lengths=sizes)
     tokens = np.full(int(sizes.sum()), tokenizer.eos_id, dtype=np.int64)
-    tokens[ranges(starts, lengths)] = side.ids[ranges(side.starts[examples], lengths)]
+    tokens[ranges(starts, lengths=lengths)] = side.ids[ranges(side.starts[examples], lengths=lengths)]
     inputs = np.empty_like(tokens)
     inputs[1:] = tokens[:-1]
     inputs[starts] = tokenizer.bos_id

@@ -27,7 +27,7 @@ def build_slowly(directory: Path, log: Path, pause: float, result: Path) -> None
         time.sleep(pause)
         (temporary / "second").write_text("y")
 
-    build_once(directory, build, what="thing")
+    build_once(directory, build=build, what="thing")
     result.write_text((directory / "first").read_text() + (directory / "second").read_text())
 
 
@@ -82,7 +82,7 @@ def test_leftover_without_a_waiter(tmp_path: Path) -> None:
     wait_for(log)
     kill(process)
     assert not directory.exists() and not is_complete(directory)
-    build_once(directory, lambda temporary: (temporary / "a").touch(), what="thing")
+    build_once(directory, build=lambda temporary: (temporary / "a").touch(), what="thing")
     assert list_files(directory) == ["a"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["it", "it.lock", "log"]
 
@@ -92,7 +92,7 @@ def test_damage_is_noticed_and_mended(tmp_path: Path, damage: str) -> None:
     def build(temporary: Path) -> None:
         (temporary / "a").write_text("content")
 
-    directory = build_once(tmp_path / "it", build, what="thing")
+    directory = build_once(tmp_path / "it", build=build, what="thing")
     if damage == "truncate":
         (directory / "a").write_text("cont")
     elif damage == "remove":
@@ -100,7 +100,7 @@ def test_damage_is_noticed_and_mended(tmp_path: Path, damage: str) -> None:
     else:
         (directory / "manifest.json").write_text("[1")
     assert not is_complete(directory)
-    build_once(directory, build, what="thing")
+    build_once(directory, build=build, what="thing")
     assert is_complete(directory) and (directory / "a").read_text() == "content"
 
 
@@ -110,7 +110,7 @@ def test_an_error_leaves_nothing(tmp_path: Path) -> None:
         raise RuntimeError("no")
 
     with pytest.raises(RuntimeError, match="no"):
-        build_once(tmp_path / "it", build, what="thing")
+        build_once(tmp_path / "it", build=build, what="thing")
     assert [path.name for path in tmp_path.iterdir()] == ["it.lock"]
 
 
@@ -119,4 +119,4 @@ def test_a_place_that_cannot_be_written(tmp_path: Path) -> None:
         raise PermissionError(13, "Permission denied")
 
     with pytest.raises(DataError, match="must be writable, to keep the thing, but is Permission denied"):
-        build_once(tmp_path / "it", build, what="thing")
+        build_once(tmp_path / "it", build=build, what="thing")

@@ -79,8 +79,8 @@ def build_in_process(
     """Starts a process that opens the cache; each tokenization is noted in `log` and takes `pause` seconds more."""
     write = cache_module.write_tokens
 
-    def slowly(texts: TextStore, vocabulary: Vocabulary, directory: Path) -> None:
-        write(texts, vocabulary, directory)
+    def slowly(texts: TextStore, *, vocabulary: Vocabulary, directory: Path) -> None:
+        write(texts, vocabulary=vocabulary, directory=directory)
         with open(log, "a") as file:
             file.write("built\n")
         time.sleep(pause)

@@ -80,7 +80,7 @@ def one_epoch(inputs: list[Input]) -> list[list[NestedMap]]:
     return steps
 
 
-@settings(max_examples=40)
+@settings(max_examples=20)
 @given(data=st.data())
 def test_every_example_once_an_epoch_over_stops_and_rank_counts(
     data: st.DataObject, corpus: ParallelText.Params, byte_vocabulary: Vocabulary, home: Path

@@ -20,7 +20,7 @@ TEXT = ParallelText.Params(source_files="a", target_files="b")
 
 @given(st.integers(0, 10_000), st.lists(st.floats(0.01, 100.0), min_size=1, max_size=6))
 def test_parts_are_whole_and_within_one_of_exact(total: int, weights: list[float]) -> None:
-    parts = apportion(total, weights)
+    parts = apportion(total, weights=weights)
     assert sum(parts) == total
     assert all(abs(part - total * w / sum(weights)) < 1 for part, w in zip(parts, weights, strict=True))
 
@@ -46,7 +46,9 @@ def test_what_contradicts_itself(change: dict[str, object]) -> None:
 @given(st.data())
 def test_each_example_once_in_each_epoch_of_its_source(data: st.DataObject) -> None:
     sizes = data.draw(st.lists(st.integers(1, 30), min_size=2, max_size=4))
-    draws = apportion(sum(sizes), data.draw(st.lists(st.floats(0.05, 5.0), min_size=len(sizes), max_size=len(sizes))))
+    draws = apportion(
+        sum(sizes), weights=data.draw(st.lists(st.floats(0.05, 5.0), min_size=len(sizes), max_size=len(sizes)))
+    )
     order = ExampleOrder(seed=3, names=[f"s{k}" for k in range(len(sizes))], sizes=sizes, draws=draws)
     assert order.size == sum(sizes)
     drawn: list[list[int]] = [[] for _ in sizes]

@@ -64,7 +64,7 @@ def test_against_a_plain_loop(draw: random.Random, count: int, empty_rows: int, 
     )
     numbers = np.arange(100, 100 + total + 2)
     batch = make_batch(
-        Window(source, target, numbers), planned, source=TOKENIZER, target=TOKENIZER, with_example_ids=False
+        Window(source, target, numbers), planned=planned, source=TOKENIZER, target=TOKENIZER, with_example_ids=False
     )
     wanted = [
         lay_out([[texts[i] for i in row] for row in rows], count + empty_rows, width)
@@ -81,7 +81,7 @@ def test_against_a_plain_loop(draw: random.Random, count: int, empty_rows: int, 
         assert (str(side.ids.dtype), str(side.segment_ids.dtype)) == ("torch.int64", "torch.int32")
     if all(size <= 1 for size in per_row):
         batch = make_batch(
-            Window(source, target, numbers), planned, source=TOKENIZER, target=TOKENIZER, with_example_ids=True
+            Window(source, target, numbers), planned=planned, source=TOKENIZER, target=TOKENIZER, with_example_ids=True
         )
         ids = [100 + row[0] if row else -1 for row in rows] + [-1] * empty_rows
         assert batch.example_ids.tolist() == ids

@@ -157,10 +157,10 @@ class SentencePiece(Tokenizer):
         if seed is None:
             encoded = self._processor.encode(list(texts), num_threads=self.num_threads)
         else:
-            encoded = self._sample(list(texts), seed)
+            encoded = self._sample(list(texts), seed=seed)
         return [np.array(ids, dtype=np.int32) for ids in encoded]
 
-    def _sample(self, texts: list[str], seed: int) -> list[list[int]]:
+    def _sample(self, texts: list[str], *, seed: int) -> list[list[int]]:
         """Draws segmentations with a generator that begins at `seed`.
 
         The library seeds a thread's generator when the thread first draws, so a new thread that encodes all texts in

@@ -170,12 +170,12 @@ def build(p: Tokenizer.Params, *, corpus: Corpus | None = None, cache_dir: Path 
     """
     kind: type[Tokenizer] = p.cls
     if not kind.learns(p):
-        return _instantiate(p, kind.make_files(p, corpus=corpus))
+        return _instantiate(p, files=kind.make_files(p, corpus=corpus))
     if corpus is None:
         rule = "have a corpus to learn from"
         raise data_error(kind.__name__, rule, "built without one", "Give the training input's source")
     if cache_dir is None:
-        return _instantiate(p, kind.make_files(p, corpus=corpus))
+        return _instantiate(p, files=kind.make_files(p, corpus=corpus))
 
     def learn(directory: Path) -> None:
         for name, data in kind.make_files(p, corpus=corpus).items():
@@ -183,11 +183,11 @@ def build(p: Tokenizer.Params, *, corpus: Corpus | None = None, cache_dir: Path 
 
     text = json.dumps([LEARNING_VERSION, kind.__module__, kind.__name__, p.to_text(), corpus.fingerprint])
     key = hashlib.sha256(text.encode()).hexdigest()[:32]
-    directory = build_once(cache_dir / "tokenizers" / key, learn, what=f"tokenizer {kind.__name__}")
-    return _instantiate(p, {name: (directory / name).read_bytes() for name in list_files(directory)})
+    directory = build_once(cache_dir / "tokenizers" / key, build=learn, what=f"tokenizer {kind.__name__}")
+    return _instantiate(p, files={name: (directory / name).read_bytes() for name in list_files(directory)})
 
 
-def _instantiate(p: Tokenizer.Params, files: Mapping[str, bytes]) -> Tokenizer:
+def _instantiate(p: Tokenizer.Params, *, files: Mapping[str, bytes]) -> Tokenizer:
     tokenizer: Tokenizer = p.instantiate(files=files)
     return tokenizer
 
