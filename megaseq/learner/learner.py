@@ -205,7 +205,8 @@ class Learner(Configurable):
                 elif gradient.shape != parameter.shape or gradient.dtype != parameter.dtype:
                     raise TrainingError(
                         f"learner.update {name}: must get a gradient {parameter.dtype} {list(parameter.shape)}, "
-                        f"but it is {gradient.dtype} {list(gradient.shape)}. Accumulate gradients in the parameters' type."
+                        f"but it is {gradient.dtype} {list(gradient.shape)}. "
+                        "Accumulate gradients in the parameters' type."
                     )
                 row.append(gradient)
             collected.append(row)

@@ -144,7 +144,7 @@ def test_values_that_are_not_finite_are_not_saved(make: Make, asynchronous: bool
     tensors = make_tensors()
     tensors["ema.task.encoder.weight"][3, 3] = float("nan")
     with pytest.raises(
-        CheckpointError, match="ema.task.encoder.weight: must be finite to be saved, but has nan or inf"
+        CheckpointError, match=r"ema\.task\.encoder\.weight: must be finite to be saved, but has nan or inf"
     ):
         checkpointer.save(step=2, tensors=tensors, state={})
         checkpointer.wait()

@@ -51,7 +51,7 @@ def test_a_run_is_a_table_with_the_damaged_marked(make: Make, folder: Path, caps
     first, second = capsys.readouterr().out.splitlines()
     assert first.startswith("step_00000001  damaged: ") and "state.json" in first
     assert second.startswith("step_00000002  0.0 MB  whole  loss 2")
-    with pytest.raises(CheckpointError, match="state.json"):
+    with pytest.raises(CheckpointError, match=r"state\.json"):
         run("inspect", str(checkpointer.path(1)))
 
 
