@@ -113,7 +113,7 @@ class Attention(Branch):
     def attend(
         self, query: Tensor, *, key: Tensor, value: Tensor, mask: AttentionMask | None, bias: Tensor | None
     ) -> Tensor:
-        """Attends with `query` [B, T, N, H] to `key` and `value` [B, S, M, H]; returns heads side by side [B, T, N*H]."""
+        """Attends with `query` [B, T, N, H] to `key` and `value` [B, S, M, H]; returns the heads as [B, T, N*H]."""
         rate = self.params.attention_dropout
         dropout = DropoutMask(rate=rate, key=self.dropout_key(site=1)) if self.training and rate else None
         heads = attention(
@@ -136,13 +136,19 @@ class SelfAttention(Attention):
         causal: bool = FROM_PARENT
         """Whether later keys are hidden."""
         window: int | None = None
-        """Only keys fewer than this many places away are seen; None sees all."""
+        """Only keys fewer than this many places away, on either side, are seen; None sees all."""
         rotary: Rotary.Params | None = None
         """Rotary positions; None is none."""
         position_bias: PositionBias.Params | None = None
         """A bias of this layer's own (UMT5); None is the stack's, if it has one."""
         qkv: Linear.Params = Linear.Params()
         """D to the queries, keys and values, fused in this order."""
+
+        def validate(self) -> Iterator[str]:
+            """Refuses an empty window."""
+            yield from super().validate()
+            if self.window is not None and self.window < 1:
+                yield f"window: must be at least 1, but is {self.window}. Use null for none."
 
     params: Params
 
@@ -231,10 +237,9 @@ class CrossAttention(Attention):
 
     def project_query(self, x: Tensor) -> Tensor:
         """Returns the queries [B, T, N, H] of the residual stream `x` [B, T, D]."""
-        query = self.query(self.enter(x)).view(*x.shape[:2], self.num_heads, self.head_dim)
+        query: Tensor = self.query(self.enter(x)).view(*x.shape[:2], self.num_heads, self.head_dim)
         if self.query_norm is not None:
-            out: Tensor = self.query_norm(query)
-            return out
+            query = self.query_norm(query)
         return query
 
     def weights(self, x: Tensor, *, key: Tensor, mask: AttentionMask | None) -> Tensor:
@@ -247,4 +252,5 @@ class CrossAttention(Attention):
         if mask is not None:
             allowed = mask.allowed(query_length=x.shape[1], key_length=key.shape[1], device=x.device)
             scores = scores.masked_fill(~allowed, float("-inf"))
-        return torch.softmax(scores, dim=-1)
+        weights: Tensor = torch.softmax(scores, dim=-1)
+        return weights

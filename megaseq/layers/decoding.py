@@ -3,8 +3,8 @@
 The state is a NestedMap:
 
 - `length`: tokens fed so far; `num_sources` B and `num_hypotheses` K; `width` of the cache.
-- `memory`: for each layer the keys and values [B, S, M, H] of its cross-attention, once for each source and never copied
-  for its hypotheses, which attend to it as if they were places of one query.
+- `memory`: for each layer the keys and values [B, S, M, H] of its cross-attention, once for each source and never
+  copied for its hypotheses, which attend to it as if they were places of one query.
 - `memory_segment_ids`: [B, S] or None; `memory_mask`: the AttentionMask made of it.
 - `cache`: a flat buffer that holds [length, B*K, width], the self-attention keys and values of all layers side by side.
   Time comes first, so that a step appends in place and one gather reorders all layers. `spare` is the buffer into which

@@ -77,7 +77,8 @@ class RMSNorm(Norm):
     def forward(self, x: Tensor) -> Tensor:
         """Normalises `x` [..., D]; returns [..., D]."""
         weight = self.weight + 1.0 if self.params.add_one else self.weight
-        return functional.rms_norm(x, self.shape, weight, self.params.eps)
+        # Statistics are float32 inside; only with a weight of the input's dtype is the fused path taken.
+        return functional.rms_norm(x, self.shape, weight.to(x.dtype), self.params.eps)
 
 
 def _ones() -> Constant:

@@ -129,6 +129,13 @@ class Stack(Layer):
                         f"layers.{key}: must be an index from 0 to {self.num_layers - 1}, but is {key!r}. "
                         "Remove it or raise num_layers."
                     )
+            heads = self.layer.self_attention.num_heads
+            for key, layer in self.layers.items():
+                if self.position_bias is not None and layer.self_attention.num_heads != heads:
+                    yield (
+                        f"layers.{key}.self_attention.num_heads: must be {heads} in every layer that shares "
+                        f"position_bias, but is {layer.self_attention.num_heads}. Give each attention its own bias."
+                    )
 
     params: Params
     causal = False

@@ -20,7 +20,7 @@ PAD = 1
 
 
 def random_weights(model: nn.Module) -> nn.Module:
-    """Gives every parameter and the logits' bias values of a size at which mistakes show; returns `model` in eval mode."""
+    """Gives every parameter and the logits' bias values at which mistakes show; returns `model` in eval mode."""
     generator = torch.Generator().manual_seed(7)
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:  # Marian's fixed sinusoids
