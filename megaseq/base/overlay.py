@@ -86,13 +86,13 @@ def apply_overrides(params: ParamsBase, *, assignments: Iterable[str], origin: s
 def reader(text: str, *, origin: str) -> access.MakeValue:
     """Returns what makes a value of `text`, once the type of the param is known."""
 
-    def make(hint: Any, path: str, current: Any) -> Any:
+    def _make(hint: Any, path: str, current: Any) -> Any:
         if hint is type:
             return text.strip()
         node = _node_of(text, hint=hint, path=path, origin=origin)
         return REMOVE if _is_remove(node) else _over(current, node, hint=hint, path=path, replace=False)
 
-    return make
+    return _make
 
 
 def _node_of(text: str, *, hint: Any, path: str, origin: str) -> Node:

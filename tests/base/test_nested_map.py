@@ -32,9 +32,7 @@ def test_attributes() -> None:
     assert m["source"]["ids"] == 9
     del m.source.ids
     assert "ids" not in m.source
-    with pytest.raises(
-        AttributeError, match=r"^souce: no such key; did you mean source\? The keys are plain, source, "
-    ):
+    with pytest.raises(AttributeError, match=r"^souce: no such key; did you mean source\? The keys are plain, "):
         _ = m.souce
     with pytest.raises(AttributeError, match=r"^qq: no such key; it has plain, source, target\.$"):
         del m.qq
