@@ -29,8 +29,8 @@ from megaseq.data.vocabulary import Vocabulary
 from megaseq.data.window import Window, make_batch
 
 _STATE_FORMAT = 1
-_WINDOW_TOKENS = 1 << 25
-"""Tokens of a window, about, at most: bounds its memory where examples are long."""
+_WINDOW_TOKENS = 1 << 23
+"""Tokens of a window, about, at most: bounds its memory and the time before its first batch."""
 _SAMPLED_WINDOW = 1 << 15
 """Examples of a window where segmentations are drawn: that takes time before the window's first batch."""
 _log = logging.getLogger(__name__)
