@@ -44,14 +44,19 @@ make_venv() {
 
 _install_stamp() {
   # What an installation depends on. Python sources do not count: the installation is editable.
-  (cd "$MEGASEQ_ROOT" && printf '%s\n' "$1" "$MEGASEQ_ROOT" "$(command -v c++ g++ clang++)" &&
+  (cd "$MEGASEQ_ROOT" && printf '%s\n' "$MEGASEQ_ROOT" "$(command -v c++ g++ clang++)" &&
     cat pyproject.toml setup.py constraints.txt CMakeLists.txt megaseq/csrc/*) | cksum
+}
+
+_is_installed() {
+  # $1: extras, $2: the tree's stamp, $3: file of "STAMP EXTRAS" lines. Any installation of this tree has what "" asks for.
+  [ -f "$3" ] && if [ -n "$1" ]; then grep -qxF "$2 $1" "$3"; else grep -qF "$2 " "$3"; fi
 }
 
 install_megaseq() {
   local extras="$1" stamp="$VIRTUAL_ENV/megaseq.stamp" constraints="$MEGASEQ_ROOT/constraints.txt" now
-  now="$(_install_stamp "$extras")"
-  if [ "$(cat "$stamp" 2>/dev/null)" != "$now" ]; then
+  now="$(_install_stamp)"
+  if ! _is_installed "$extras" "$now" "$stamp"; then
     if _has_nvidia_gpu; then
       constraints="$VIRTUAL_ENV/constraints.txt"
       grep -viE '^(torch|triton|nvidia[-_a-z0-9]*)[=<>]' "$MEGASEQ_ROOT/constraints.txt" >"$constraints"
@@ -59,7 +64,7 @@ install_megaseq() {
     _say "installing megaseq${extras:+[$extras]} and what it needs in .venv"
     "$VIRTUAL_ENV/bin/python" -m pip install --quiet --disable-pip-version-check -c "$constraints" \
       -e "$MEGASEQ_ROOT${extras:+[$extras]}" || return 1
-    printf '%s\n' "$now" >"$stamp"
+    printf '%s\n' "$now $extras" >>"$stamp"
   fi
   # pip hides what the build printed, so whether there is a C++ extension is said here.
   "$VIRTUAL_ENV/bin/python" -c 'from megaseq.base import native; print(native.describe())' >&2
