@@ -53,6 +53,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return int(arguments.run(arguments) or 0)
     except MegaseqError as error:
+        # The lines in which a run's params differ from those asked for, say.
+        for line in getattr(error, "changes", ()):
+            print(line, file=sys.stderr)
         print(f"megaseq: {error}", file=sys.stderr)
         return 2
     except BrokenPipeError:

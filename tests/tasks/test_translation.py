@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 from torch.nn import functional
+from train.tiny import random_batch, task_params
 
 from megaseq.base import NestedMap
 from megaseq.decode import GreedySearch
 from megaseq.layers.base import bind, initialize
 from megaseq.tasks.translation import Translation
-from train.tiny import random_batch, task_params
 
 VOCAB = 30
 

@@ -85,12 +85,15 @@ def test_nonfinite_step_changes_nothing(bad: float, precision: str) -> None:
     for name, value in engine.state_tensors().items():
         assert torch.equal(value, before[name]), name
     assert engine.train_step(batch, step=2).skipped == ""
-    assert not torch.equal(engine.state_tensors()["task.source_embedding.weight"], before["task.source_embedding.weight"])
+    assert not torch.equal(
+        engine.state_tensors()["task.source_embedding.weight"], before["task.source_embedding.weight"]
+    )
 
 
 def test_bf16_keeps_fp32_masters_and_follows_fp32() -> None:
-    exact, rounded = make_engine(optimizer=AdamW.Params(), learning_rate=1e-3), make_engine(
-        optimizer=AdamW.Params(), learning_rate=1e-3, precision="bf16", accumulation=2
+    exact, rounded = (
+        make_engine(optimizer=AdamW.Params(), learning_rate=1e-3),
+        make_engine(optimizer=AdamW.Params(), learning_rate=1e-3, precision="bf16", accumulation=2),
     )
     assert rounded.task.source_embedding.weight.dtype is torch.bfloat16
     assert rounded.task.encoder.layers[0].ffn.norm.weight.dtype is torch.float32
@@ -125,7 +128,9 @@ def test_evaluating_uses_the_average_and_puts_the_weights_back(precision: str) -
     with engine.evaluating() as task:
         assert not task.training
         used = task.get_parameter(name).detach().clone()
-    torch.testing.assert_close(used.float(), before[f"ema.task.{name}"], rtol=1e-2 if precision == "bf16" else 0, atol=0)
+    torch.testing.assert_close(
+        used.float(), before[f"ema.task.{name}"], rtol=1e-2 if precision == "bf16" else 0, atol=0
+    )
     for key, value in engine.state_tensors().items():
         assert torch.equal(value, before[key]), key
     assert engine.task.training

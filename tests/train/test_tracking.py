@@ -181,7 +181,9 @@ def test_bar_runs_from_start_to_finish(tmp_path: Path, capsys: pytest.CaptureFix
     assert "before" in text and "20/100" in text and "[valid] at step 20" in text and "loss 1.250" in text
 
 
-@pytest.mark.parametrize(("progress", "kind"), [("auto", PlainProgress), ("plain", PlainProgress), ("bar", BarProgress)])
+@pytest.mark.parametrize(
+    ("progress", "kind"), [("auto", PlainProgress), ("plain", PlainProgress), ("bar", BarProgress)]
+)
 def test_progress_by_params(tmp_path: Path, progress: Any, kind: type) -> None:
     made = Tracking.Params(progress=progress).instantiate().callbacks(run_dir=tmp_path)
     assert [type(callback) for callback in made] == [JsonlWriter, kind]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -203,3 +205,18 @@ def test_failure_is_recorded(tmp_path: Path) -> None:
         Trainer(params, run_dir=tmp_path / "run", callbacks=[recorder]).fit()
     assert recorder.status == "failed"
     assert RunDirectory(tmp_path / "run").read_status()["status"] == "failed"
+
+
+def test_second_sigint_exits_at_once() -> None:
+    code = (
+        "import os, signal, time\n"
+        "from megaseq.train.signals import StopSignals\n"
+        "with StopSignals() as signals:\n"
+        "    os.kill(os.getpid(), signal.SIGINT)\n"
+        "    assert signals.requested == 'SIGINT'\n"
+        "    os.kill(os.getpid(), signal.SIGINT)\n"
+        "    time.sleep(60)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=30)
+    assert done.returncode == 130
+    assert "stopped at once" in done.stderr

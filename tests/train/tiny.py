@@ -80,9 +80,7 @@ def random_batch(*, rows: int = 8, length: int = 9, vocab_size: int = 30, seed: 
         positions = torch.arange(length).expand(rows, length)
         present = positions < lengths[:, column : column + 1]
         ids = torch.randint(4, vocab_size, (rows, length), generator=generator)
-        return NestedMap(
-            ids=ids * present, segment_ids=present.long(), positions=torch.where(present, positions, 0)
-        )
+        return NestedMap(ids=ids * present, segment_ids=present.long(), positions=torch.where(present, positions, 0))
 
     source, target = side(0), side(1)
     target.labels = torch.randint(4, vocab_size, (rows, length), generator=generator) * target.segment_ids
