@@ -92,7 +92,10 @@ def test_killed_run_is_bitwise_the_uninterrupted_one(tmp_path: Path) -> None:
     for name, tensor in checkpoints[0].tensors.items():
         assert torch.equal(tensor, checkpoints[1].tensors[name]), name
     assert checkpoints[0].state["data"] == checkpoints[1].state["data"]
-    following = [next_batches(run, checkpoint.state["data"]) for run, checkpoint in zip((whole, killed), checkpoints)]
+    following = [
+        next_batches(run, checkpoint.state["data"])
+        for run, checkpoint in zip((whole, killed), checkpoints, strict=True)
+    ]
     assert all(torch.equal(left, right) for left, right in zip(*following, strict=True))
 
 
