@@ -150,7 +150,7 @@ class BeamSearch(Search):
         proposals = self._propose(beam, logits=logits, step=step, last=last, prefix=prefix)
         ended, going = self._split(proposals, last=last)
         if step == 0 and not p.allow_empty_terminated_hyp:
-            ended = ended.where((ended.ids != p.target_eos_id))
+            ended = ended.where(ended.ids != p.target_eos_id)
         has_ended = ended.score > NEG_INF
         # On a GPU, looking whether there is anything to add would cost more than adding nothing.
         if has_ended.is_cuda or bool(has_ended.any()):

@@ -87,15 +87,16 @@ class Sampler(Walk):
         logprobs = self.truncated(logits)
         samples = torch.arange(self.num_outputs, device=logits.device)
         draw = uniform(self.params.seed, keys.unsqueeze(1), samples, step)
-        logprobs = logprobs.expand(-1, self.num_outputs, -1)
         # Double precision: a float32 sum over a large vocabulary loses the tokens of its tail.
-        cumulative = logprobs.exp().double().cumsum(dim=-1)
-        target = draw.unsqueeze(-1) * cumulative[..., -1:]
+        cumulative = logprobs.exp().double().cumsum(dim=-1).contiguous()
+        # At the first step all samples of a source look into its one row, later each into its own: [B, 1, N] or [B, N, 1].
+        draw = draw.view(draw.shape[0], logprobs.shape[1], -1)
+        total = cumulative[..., -1:].contiguous()
         # `right`: the first token whose cumulative probability is above the target; so never one of probability 0.
-        tokens = torch.searchsorted(cumulative, target, right=True).squeeze(-1)
+        tokens = torch.searchsorted(cumulative, draw * total, right=True)
         # Rounding may make the target the total itself: then the first token that reaches the total.
-        final = torch.searchsorted(cumulative, cumulative[..., -1:]).squeeze(-1)
-        tokens = torch.minimum(tokens, final)
+        tokens = torch.minimum(tokens, torch.searchsorted(cumulative, total)).view(draw.shape[0], -1)
+        logprobs = logprobs.expand(-1, self.num_outputs, -1)
         return Choice(tokens=tokens, sampled=logprobs.gather(-1, tokens.unsqueeze(-1)).squeeze(-1))
 
     def truncated(self, logits: torch.Tensor) -> torch.Tensor:
