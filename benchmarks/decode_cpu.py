@@ -6,8 +6,8 @@ Both sides decode the same length-sorted batches with beam 4 and the conventions
 batch size, in turns, and is judged by the best of its medians. With `--data-dir` the sources are those of the Multi30k
 test set in pieces of a SentencePiece model of 8,000; otherwise random ids of like lengths. The weights are random. Two
 rows: `limit`, where no output ends before the length of the batch's longest source; and `ending`, where outputs may be
-twice as long and the end token is made so likely that they end on their own at various steps, as those of trained models
-do.
+half to twice as long and the end token is made so likely that they end on their own at various steps, as those of
+trained models do.
 """
 
 from __future__ import annotations
@@ -102,12 +102,13 @@ def models(size: str, *, eos_bias: float) -> tuple[MarianMTModel, EncoderDecoder
     return theirs, ours.eval()
 
 
-def search(steps: int) -> BeamSearch:
+def search(steps: int, *, least: int) -> BeamSearch:
     """Beam search by transformers' conventions, with its defaults."""
     params = BeamSearch.Params(
         num_hyps_per_beam=BEAM, target_sos_id=PAD, target_eos_id=EOS, target_seq_len=steps, length_penalty=1.0,
         candidates="merged", termination="heuristic", valid_eos_max_logit_delta=float("inf"),
         local_eos_threshold=float("-inf"), force_eos_in_last_step=False, keep_unfinished=True,
+        min_seq_len=least,
     )  # fmt: skip
     made: BeamSearch = params.instantiate()
     return made
@@ -117,7 +118,8 @@ def run_ours(model: EncoderDecoder, *, data: list[NestedMap], factor: int = 1) -
     """Decodes all batches with megaseq."""
     outputs = []
     for batch in data:
-        found = search(factor * batch.ids.shape[1]).search(model, source=batch)
+        width = batch.ids.shape[1]
+        found = search(factor * width, least=width // 2).search(model, source=batch)
         outputs += [hyps[0].ids for hyps in found]
     return outputs
 
@@ -128,7 +130,7 @@ def run_theirs(model: Any, *, data: list[NestedMap], factor: int = 1) -> Outputs
     for batch in data:
         rows = model.generate(
             batch.ids, attention_mask=batch.segment_ids, num_beams=BEAM, do_sample=False, early_stopping=False,
-            max_new_tokens=factor * batch.ids.shape[1], length_penalty=1.0,
+            max_new_tokens=factor * batch.ids.shape[1], min_new_tokens=batch.ids.shape[1] // 2, length_penalty=1.0,
         )[:, 1:].tolist()  # fmt: skip
         outputs += [tuple(row[: row.index(EOS)] if EOS in row else row) for row in rows]
     return outputs
@@ -187,7 +189,7 @@ def main() -> None:
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[16, 32, 64])
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--eos-bias", type=float, default=3.0, help="bias of the end token in the row `ending`")
+    parser.add_argument("--eos-bias", type=float, default=4.5, help="bias of the end token in the row `ending`")
     parser.add_argument("--cpu-time", action="store_true", help="count CPU seconds, for a machine with other work")
     parser.add_argument("--profile", action="store_true", help="print where megaseq's time goes instead")
     args = parser.parse_args()

@@ -38,7 +38,7 @@ class BeamSearch(Search):
         length_normalization: float = 0.0
         """Exponent of (length + 5) / 5, which log-probabilities are divided by; the length counts the end token."""
         length_penalty: float | None = None
-        """Exponent of the plain length, the convention of fairseq and transformers; instead of `length_normalization`."""
+        """Exponent of the plain length, as in fairseq and transformers; instead of `length_normalization`."""
         coverage_penalty: float = 0.0
         """Weight of the coverage term (beta of Wu et al. 2016); needs a decoder that reports its attention."""
         target_seq_length_ratio: float = 1.0
@@ -54,8 +54,8 @@ class BeamSearch(Search):
         force_eos_in_top_k: bool = False
         """Consider the end token at every step, not only when it is among a hypothesis' best tokens."""
         force_eos_in_last_step: bool = True
-        """End what is still active in the last step with the end token. Lingvo's default is False, which returns nothing
-        for a source whose outputs all run into the length limit."""
+        """End what is still active in the last step with the end token. Lingvo's default is False, which returns
+        nothing for a source whose outputs all run into the length limit."""
         keep_unfinished: bool = False
         """Return what is still active in the last step as it is, not ended, as transformers does; needs
         `force_eos_in_last_step=False`."""
@@ -65,9 +65,9 @@ class BeamSearch(Search):
         """Where the end token must rank to count: among the best K + 1 tokens of its hypothesis (Lingvo), or among the
         best K extensions of all hypotheses of the source (fairseq, transformers)."""
         termination: Literal["score_gap", "full_beam", "heuristic", "never"] = "score_gap"
-        """`score_gap`: `beam_size` decides (Lingvo). The others are transformers' `early_stopping` True, False, "never":
-        stop at K finished; when the best active one scores no better at its present length than the K-th finished; or at
-        the longest possible length."""
+        """`score_gap`: `beam_size` decides (Lingvo). The others are transformers' `early_stopping` True, False and
+        "never": stop at K finished; when the best active one scores no better at its present length than the K-th
+        finished; or would score no better at the longest possible length."""
 
         def validate(self) -> Iterator[str]:
             """Yields options that contradict each other."""
@@ -82,7 +82,7 @@ class BeamSearch(Search):
             if self.length_penalty is not None and self.length_normalization:
                 yield "length_penalty: must be None with length_normalization, but both are set. Keep one of the two."
             if self.keep_unfinished and self.force_eos_in_last_step:
-                yield "keep_unfinished: must be False with force_eos_in_last_step, but both are set. Keep one of the two."
+                yield "keep_unfinished: must be False with force_eos_in_last_step, but both are set. Keep one."
 
     params: Params
 
@@ -104,8 +104,8 @@ class BeamSearch(Search):
         Args:
             decoder: The model.
             source: What `decoder.prefill` takes, B rows, on the device of the model.
-            prefix: [B, P] tokens that the outputs must begin with; a negative id leaves that position free. They count in
-                the score.
+            prefix: [B, P] tokens that the outputs must begin with; a negative id leaves that position free. They count
+                in the score.
 
         Raises:
             DecodeError: The model gives NaN, or the coverage penalty meets a model without attention.
@@ -144,7 +144,7 @@ class BeamSearch(Search):
     def _advance(
         self, beam: _Beam, *, logits: torch.Tensor, step: int, finished: Finished, prefix: torch.Tensor | None
     ) -> _Parents | None:
-        """One step after the model: updates `beam` and `finished`; returns what the decoder must select, if anything."""
+        """One step after the model: updates `beam` and `finished`; returns what to select from the decoder, if anything."""
         p = self.params
         last = beam.limits.most <= step + 1
         proposals = self._propose(beam, logits=logits, step=step, last=last, prefix=prefix)

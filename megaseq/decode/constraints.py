@@ -68,7 +68,7 @@ def forbid_early_end(scores: torch.Tensor, *, step: int, least: torch.Tensor, eo
 
 
 def force_prefix(scores: torch.Tensor, *, wanted: torch.Tensor) -> torch.Tensor:
-    """Leaves only the `wanted` [B] token in `scores` [B, K, V], with its own score; negative ids leave a row as it is."""
+    """Leaves only the `wanted` [B] token in `scores` [B, K, V], with its own score; a negative id leaves all."""
     vocab = torch.arange(scores.shape[-1], device=scores.device)
     other = (vocab != wanted.view(-1, 1)) & (wanted >= 0).view(-1, 1)
     return scores.masked_fill(other.unsqueeze(1), float("-inf"))

@@ -19,9 +19,9 @@ State = Any
 class StepDecoder(Protocol):
     """A model that extends hypotheses by one token at a time.
 
-    The state holds what belongs to a source (encoder output, cross-attention keys and values) once for each source, with
-    B rows, and what belongs to a hypothesis (the self-attention cache) with B * K rows, the hypotheses of one source
-    next to each other.
+    The state holds what belongs to a source (encoder output, cross-attention keys and values) once for each source,
+    with B rows, and what belongs to a hypothesis (the self-attention cache) with B * K rows, the hypotheses of one
+    source next to each other.
     """
 
     def prefill(self, source: NestedMap) -> State:

@@ -33,7 +33,7 @@ class Sampler(Walk):
         top_k_renormalize: bool = True
         """Whether the options below see the probabilities of those tokens alone, or of the whole vocabulary."""
         nucleus_p: float = 1.0
-        """When below 1, draw from the smallest set of tokens with this probability together (arxiv.org/abs/1904.09751)."""
+        """When below 1, draw from the smallest set of tokens with this probability (arxiv.org/abs/1904.09751)."""
         min_p: float = 0.0
         """When above 0, drop tokens less probable than this fraction of the best (arxiv.org/abs/2407.01082)."""
         epsilon: float = 0.0
@@ -89,7 +89,7 @@ class Sampler(Walk):
         draw = uniform(self.params.seed, keys.unsqueeze(1), samples, step)
         # Double precision: a float32 sum over a large vocabulary loses the tokens of its tail.
         cumulative = logprobs.exp().double().cumsum(dim=-1).contiguous()
-        # At the first step all samples of a source look into its one row, later each into its own: [B, 1, N] or [B, N, 1].
+        # At the first step all samples of a source look into its one row, [B, 1, N], later each into its own, [B, N, 1].
         draw = draw.view(draw.shape[0], logprobs.shape[1], -1)
         total = cumulative[..., -1:].contiguous()
         # `right`: the first token whose cumulative probability is above the target; so never one of probability 0.

@@ -17,7 +17,7 @@ def ordered_keys(scores: torch.Tensor, *, ranks: torch.Tensor) -> torch.Tensor:
         scores: fp32, any shape, no NaN.
         ranks: int64 of the same shape, each in [0, 2**32).
     """
-    # The bits of an IEEE float order like integers once those of negative numbers are flipped; + 0.0 folds -0.0 into 0.0.
+    # The bits of a float order like integers once those of negative numbers are flipped; + 0.0 folds -0.0 into 0.0.
     bits = (scores + 0.0).view(torch.int32)
     ordered = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).long()
     return (ordered << 32) + (0xFFFFFFFF - ranks)
@@ -49,11 +49,11 @@ def _blockwise_topk(scores: torch.Tensor, *, k: int) -> tuple[torch.Tensor, torc
     The best of a row lie in the k blocks with the highest maxima: finding those is one vectorised pass, about twice as
     fast as torch.topk over a whole row. A block that was left out holds nothing above the k-th best value.
     """
-    rows, vocab = scores.shape
+    vocab = scores.shape[-1]
     blocks = vocab // BLOCK
     if blocks < 4 * k:
         return scores.topk(k, dim=-1)
-    whole = scores[:, : blocks * BLOCK].unflatten(1, (blocks, BLOCK))
+    whole = scores[:, : blocks * BLOCK].view(-1, blocks, BLOCK)
     best = whole.amax(dim=-1).topk(k, dim=-1).indices
     values = whole.gather(1, best.unsqueeze(-1).expand(-1, -1, BLOCK)).flatten(1)
     values = torch.cat([values, scores[:, blocks * BLOCK :]], dim=1)

@@ -1,4 +1,4 @@
-"""Beam search as Lingvo defines it, for one source, with Python lists and loops: slow, plain, independent of megaseq."""
+"""Beam search as Lingvo defines it, for one source, with Python lists and loops: slow, plain, independent."""
 
 from __future__ import annotations
 

@@ -84,8 +84,9 @@ def test_equals_the_reference(
         force_eos_in_top_k=force_top, force_eos_in_last_step=force_last, allow_empty_terminated_hyp=allow_empty,
     )  # fmt: skip
     option = lingvo_reference.Settings(
-        num_hyps, steps, EOS, beam_size, alpha, beta, ratio, delta, local, ensure_full, force_top, force_last, allow_empty
-    )
+        num_hyps, steps, EOS, beam_size, alpha, beta, ratio, delta, local,
+        ensure_full, force_top, force_last, allow_empty,
+    )  # fmt: skip
     for source in range(3):
         wanted = lingvo_reference.search(
             lambda ids, source=source: table(source, ids), settings=option,
@@ -318,8 +319,8 @@ def test_candidates_merged_or_per_hypothesis() -> None:
 
 @pytest.mark.parametrize(("termination", "steps"), [("full_beam", 2), ("heuristic", 2), ("never", 7)])
 def test_other_terminations(termination: str, steps: int) -> None:
-    """K = 2 have finished after two steps, the worse at log(0.18) / 2 = -0.86. `never` goes on until the best active one
-    could not beat that even at length 9: 7 log(0.3) / 9 = -0.94."""
+    """K = 2 have finished after two steps, the worse at log(0.18) / 2 = -0.86. `never` goes on until the best active
+    one could not beat that even at length 9: 7 log(0.3) / 9 = -0.94."""
     table = TableDecoder(lambda source, ids: log(0.0, 0.6, 0.3, 0.1))
     run(table, num_hyps_per_beam=2, target_seq_len=9, termination=termination, length_penalty=1.0)
     assert len(table.rows_per_step) == steps
@@ -395,8 +396,8 @@ def test_packed_sources_are_refused() -> None:
     "options",
     [
         {"num_hyps_per_beam": 0}, {"num_best": 0}, {"beam_size": 0.0}, {"target_seq_len": 0}, {"min_seq_len": 256},
-        {"length_penalty": 1.0, "length_normalization": 0.5}, {"keep_unfinished": True}, {"target_seq_length_ratio": 0.0},
-        {"max_length_ratio": -1.0},
+        {"length_penalty": 1.0, "length_normalization": 0.5}, {"keep_unfinished": True}, {"max_length_ratio": -1.0},
+        {"target_seq_length_ratio": 0.0},
     ],
 )  # fmt: skip
 def test_bad_options_are_refused(options: dict[str, Any]) -> None:

@@ -59,7 +59,8 @@ def test_forced_tokens() -> None:
     assert apply(ForcedEos.Params(), [[2]], last=True)[0][1] == 0.0
     assert forbidden(apply(ForcedEos.Params(), [[2]], last=True)[0]) == {0, 2, 3, 4, 5}
     prefix = ForcedTokens.Params(token_ids=(3, 2))
-    assert forbidden(apply(prefix, [[]])[0]) == {0, 1, 2, 4, 5} and forbidden(apply(prefix, [[3]])[0]) == {0, 1, 3, 4, 5}
+    assert forbidden(apply(prefix, [[]])[0]) == {0, 1, 2, 4, 5}
+    assert forbidden(apply(prefix, [[3]])[0]) == {0, 1, 3, 4, 5}
     assert apply(prefix, [[]])[0][3] == pytest.approx(0.3) and forbidden(apply(prefix, [[3, 2]])[0]) == set()
 
 
