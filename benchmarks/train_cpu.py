@@ -58,7 +58,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=4096, help="target tokens a step, about")
     parser.add_argument("--seconds", type=float, default=30.0, help="timed seconds of each run, after warm-up")
     parser.add_argument("--rounds", type=int, default=3, help="runs of each side")
-    parser.add_argument("--precision", choices=("fp32", "bf16", "bf16_autocast"), help="for both; default: each its best")
+    parser.add_argument(
+        "--precision", choices=("fp32", "bf16", "bf16_autocast"), help="for both; default: each its best"
+    )
     parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES))
     parser.add_argument("--profile", action="store_true", help="child: print megaseq's costliest operations")
     parser.add_argument("--child", choices=SIDES, help=argparse.SUPPRESS)
@@ -145,7 +147,7 @@ def timed(steps: Iterator[tuple[float, float]], *, seconds: float) -> dict[str, 
     """Runs (target tokens, loss a token) steps until `seconds` are over, not counting the first ones."""
     tokens, count, loss = 0.0, 0, 0.0
     start = time.perf_counter()
-    for index, (weight, loss) in enumerate(steps):
+    for index, (weight, loss) in enumerate(steps):  # noqa: B007
         if index < WARM_UP_STEPS:
             start = time.perf_counter()
             continue
@@ -193,7 +195,9 @@ def train_megaseq(arguments: argparse.Namespace) -> dict[str, float]:
         name="benchmark",
         vocabulary=vocabulary_params(),
         task=task,
-        train_input=Input.Params(source=source, batching=Packing.Params(rows=arguments.tokens // row, source_length=row)),
+        train_input=Input.Params(
+            source=source, batching=Packing.Params(rows=arguments.tokens // row, source_length=row)
+        ),
         learner=Learner.Params(learning_rate=LEARNING_RATE, clip_norm=CLIP_NORM, optimizer=AdamW.Params()),
         train=Program.Params(max_steps=1_000_000, precision=arguments.precision),
     )

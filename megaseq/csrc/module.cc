@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <stdexcept>
 
+#include "attention.h"
 #include "dropout.h"
 #include "order.h"
 #include "packing.h"
@@ -15,7 +16,7 @@ namespace nb = nanobind;
 namespace {
 
 // Equal to INTERFACE_VERSION in base/native.py.
-constexpr int kInterfaceVersion = 2;
+constexpr int kInterfaceVersion = 3;
 
 // Any shape, elements in order: NumPy arrays and, through DLPack, torch tensors.
 template <typename T>
@@ -63,11 +64,52 @@ void dropout_apply_bfloat16(Array<const std::uint16_t> input, Array<std::uint16_
   megaseq::dropout_apply_bfloat16(input.data(), output.data(), input.size(), {key, offset, threshold}, scale);
 }
 
+// Tokens, heads, width of a head, with any strides but neighbouring elements in a head.
+template <typename T>
+using HeadsArray = nb::ndarray<T, nb::ndim<3>, nb::device::cpu>;
+
+template <typename T>
+megaseq::HeadsOf<T> heads(const HeadsArray<T>& array) {
+  require(array.shape(2) <= 1 || array.stride(2) == 1,
+          "_csrc.attention: must have neighbouring elements within a head, but has not. Make the tensor contiguous.");
+  return {array.data(), array.shape(1), array.stride(0), array.stride(1)};
+}
+
+megaseq::AttentionCall attention_call(const Array<const std::int64_t>& segments, std::size_t width, bool causal,
+                                      float scale, std::size_t num_threads) {
+  require(width % megaseq::kAttentionBlock == 0, "_csrc.attention: must have heads of a width that 16 divides.");
+  static_assert(sizeof(megaseq::Segment) == 5 * sizeof(std::int64_t));
+  return {reinterpret_cast<const megaseq::Segment*>(segments.data()), segments.size() / 5, width, causal, scale,
+          num_threads};
+}
+
+void attention_forward(HeadsArray<const float> query, HeadsArray<const float> key, HeadsArray<const float> value,
+                       HeadsArray<float> output, Array<float> probabilities, Array<const std::int64_t> segments,
+                       bool causal, float scale, std::size_t num_threads) {
+  const auto call = attention_call(segments, query.shape(2), causal, scale, num_threads);
+  const auto q = heads(query), k = heads(key), v = heads(value);
+  const auto out = heads(output);
+  nb::gil_scoped_release release;
+  megaseq::attention_forward(call, q, k, v, out, probabilities.data());
+}
+
+void attention_backward(HeadsArray<const float> gradient, HeadsArray<const float> query, HeadsArray<const float> key,
+                        HeadsArray<const float> value, Array<const float> probabilities,
+                        HeadsArray<float> query_gradient, HeadsArray<float> key_gradient,
+                        HeadsArray<float> value_gradient, Array<const std::int64_t> segments, float scale,
+                        std::size_t num_threads) {
+  const auto call = attention_call(segments, query.shape(2), false, scale, num_threads);
+  const auto g = heads(gradient), q = heads(query), k = heads(key), v = heads(value);
+  const auto dq = heads(query_gradient), dk = heads(key_gradient), dv = heads(value_gradient);
+  nb::gil_scoped_release release;
+  megaseq::attention_backward(call, g, q, k, v, probabilities.data(), dq, dk, dv);
+}
+
 }  // namespace
 
 NB_MODULE(_csrc, module) {
   using namespace nb::literals;
-  module.doc() = "megaseq's C++: epoch order, packing, dropout. Import it through megaseq.base.native only.";
+  module.doc() = "megaseq's C++: epoch order, packing, dropout, attention within segments. Import it through megaseq.base.native only.";
   module.def("interface_version", [] { return kInterfaceVersion; });
   module.def("permute", &permute, "values"_a.noconvert(), "key"_a, "size"_a, "start"_a);
   module.def("pack", &pack, "source"_a.noconvert(), "target"_a.noconvert(), "source_row"_a, "target_row"_a,
@@ -77,4 +119,11 @@ NB_MODULE(_csrc, module) {
              "threshold"_a, "scale"_a);
   module.def("dropout_apply_bfloat16", &dropout_apply_bfloat16, "input"_a.noconvert(), "output"_a.noconvert(),
              "key"_a, "offset"_a, "threshold"_a, "scale"_a);
+  module.def("attention_forward", &attention_forward, "query"_a.noconvert(), "key"_a.noconvert(),
+             "value"_a.noconvert(), "output"_a.noconvert(), "probabilities"_a.noconvert(), "segments"_a.noconvert(),
+             "causal"_a, "scale"_a, "num_threads"_a);
+  module.def("attention_backward", &attention_backward, "gradient"_a.noconvert(), "query"_a.noconvert(),
+             "key"_a.noconvert(), "value"_a.noconvert(), "probabilities"_a.noconvert(),
+             "query_gradient"_a.noconvert(), "key_gradient"_a.noconvert(), "value_gradient"_a.noconvert(),
+             "segments"_a.noconvert(), "scale"_a, "num_threads"_a);
 }

@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 VARIABLE = "MEGASEQ_KERNELS"
 
 IMPLEMENTATIONS: Mapping[str, tuple[str, ...]] = {
-    "attention": ("reference", "sdpa", "segments", "triton"),
+    "attention": ("reference", "sdpa", "segments", "native", "triton"),
     "cross_entropy": ("reference", "chunked", "triton"),
     "dropout": ("reference", "native", "triton"),
 }

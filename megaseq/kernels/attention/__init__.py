@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
+from megaseq.base import native
+from megaseq.kernels.attention.host import HEAD_BLOCK, native_attention
 from megaseq.kernels.attention.mask import AttentionMask
 from megaseq.kernels.attention.reference import reference_attention
 from megaseq.kernels.attention.sdpa import sdpa_attention
@@ -14,7 +17,9 @@ from megaseq.kernels.dropout import DropoutMask
 
 __all__ = ["AttentionMask", "attention"]
 
-SEGMENTS_FROM_LENGTH = 96
+NATIVE_MAX_LENGTH = 192
+"""The longest segment that the compiled extension attends to faster than a fused op with blocked matrix products."""
+SEGMENTS_FROM_LENGTH = 128
 """Packed rows at least this long are attended to segment by segment: below, cutting costs as much as it saves."""
 SEGMENTS_MAX_SHARE = 0.5
 """... if the groups of segments compute at most this share of the query-key pairs of the full rows."""
@@ -60,20 +65,20 @@ def attention(
     if shortcut == "full":
         mask = None
     plain = soft_cap is None and dropout is None
-    on_cpu = query.device.type == "cpu"
     plan = None
-    if plain and on_cpu and bias is None and mask is not None and shortcut is None:
+    if plain and query.device.type == "cpu" and bias is None and mask is not None and shortcut is None:
         plan = mask.plan()
+    impossible = _impossible(query, plain=plain, plan=plan)
     automatic = "reference"
     if plain:
-        worth = plan is not None and _worth_cutting(plan, batch=batch, query_length=query_length, key_length=key_length)
-        automatic = "segments" if worth else "sdpa"
-    impossible = {"triton": "its kernels are not part of this version"}
-    if not plain:
-        impossible["sdpa"] = "it has neither a soft cap nor a reproducible dropout"
-    if plan is None:
-        impossible["segments"] = "it wants packed rows in host memory, without bias, window, soft cap and dropout"
+        automatic = "sdpa"
+        if plan is not None and "native" not in impossible and plan.longest <= NATIVE_MAX_LENGTH:
+            automatic = "native"
+        elif plan is not None and _worth_cutting(plan, sizes=(batch, query_length, key_length)):
+            automatic = "segments"
     chosen = choose("attention", automatic=automatic, impossible=impossible)
+    if chosen == "native" and plan is not None:
+        return native_attention(query, key=key, value=value, plan=plan, scale=scale)
     if chosen == "segments" and plan is not None:
         return segment_attention(query, key=key, value=value, plan=plan, scale=scale)
     if chosen == "sdpa":
@@ -95,8 +100,24 @@ def attention(
     )
 
 
-def _worth_cutting(plan: SegmentPlan, *, batch: int, query_length: int, key_length: int) -> bool:
-    """Whether attending by segments is faster than masking the full rows."""
+def _impossible(query: Tensor, *, plain: bool, plan: SegmentPlan | None) -> dict[str, str]:
+    """Says which implementations cannot run a call, and why."""
+    reasons = {"triton": "its kernels are not part of this version"}
+    if not plain:
+        reasons["sdpa"] = "it has neither a soft cap nor a reproducible dropout"
+    if plan is None:
+        unfit = "it wants padded or packed rows in host memory, without bias, window, soft cap and dropout"
+        reasons["segments"] = reasons["native"] = unfit
+    elif query.dtype is not torch.float32 or query.shape[3] % HEAD_BLOCK:
+        reasons["native"] = f"it takes float32 and heads of a width that {HEAD_BLOCK} divides"
+    elif native.extension() is None:
+        reasons["native"] = "the compiled extension is not there"
+    return reasons
+
+
+def _worth_cutting(plan: SegmentPlan, *, sizes: tuple[int, int, int]) -> bool:
+    """Whether attending by groups of segments is faster than masking the full rows, of `sizes` (B, T, S)."""
+    batch, query_length, key_length = sizes
     if max(query_length, key_length) < SEGMENTS_FROM_LENGTH:
         return False
     return plan.area <= SEGMENTS_MAX_SHARE * batch * query_length * key_length

@@ -7,6 +7,7 @@ of all rows are cut out, gathered into a few groups of similar length, attended 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,9 @@ GROUP_STEP = 8
 """Segments whose lengths round up to the same multiple of this share a group."""
 MIN_GROUP = 16
 """A group of fewer segments joins the next longer one: a call costs more than the padding it saves."""
+
+PROBABILITY_BLOCK = 16
+"""Rows of probabilities are padded to a multiple of this; kAttentionBlock in csrc/attention.h."""
 
 Integers = NDArray[np.int64]
 
@@ -46,9 +50,40 @@ class Group:
 class SegmentPlan:
     """How the rows of one batch are cut into groups of segments."""
 
-    groups: tuple[Group, ...]
-    area: int
-    """Query-key pairs computed, padding of the groups included."""
+    starts: Integers
+    """[n, 2]: first query of each segment in [B * T], first key in [B * S]."""
+    lengths: Integers
+    """[n, 2]: numbers of queries and keys."""
+    sizes: tuple[int, int]
+    """(B * T, B * S)."""
+    causal: bool
+    """Within a segment, a query sees no key after itself."""
+
+    @cached_property
+    def groups(self) -> tuple[Group, ...]:
+        """The segments, those of similar length together."""
+        return tuple(
+            _group(self.starts[members], lengths=self.lengths[members], pads=self.sizes, causal=self.causal)
+            for members in _cluster(self.lengths)
+        )
+
+    @property
+    def area(self) -> int:
+        """Query-key pairs that the groups compute, padding included."""
+        return sum(int(np.prod(group.sizes)) for group in self.groups)
+
+    @cached_property
+    def table(self) -> tuple[Integers, int]:
+        """The extension's table [n, 5] of starts, lengths and probabilities, and the probabilities of one head."""
+        areas = self.lengths[:, 0] * (-(-self.lengths[:, 1] // PROBABILITY_BLOCK) * PROBABILITY_BLOCK)
+        (query_starts, key_starts), (queries, keys) = self.starts.T, self.lengths.T
+        columns = (query_starts, queries, key_starts, keys, np.cumsum(areas) - areas)
+        return np.ascontiguousarray(np.stack(columns, axis=1), dtype=np.int64), int(areas.sum())
+
+    @property
+    def longest(self) -> int:
+        """Length of the longest side of a segment."""
+        return int(self.lengths.max(initial=0))
 
 
 def plan_segments(query_segment_ids: Tensor, *, key_segment_ids: Tensor, causal: bool) -> SegmentPlan | None:
@@ -69,11 +104,8 @@ def plan_segments(query_segment_ids: Tensor, *, key_segment_ids: Tensor, causal:
     _, in_query, in_key = np.intersect1d(query_runs[0], key_runs[0], assume_unique=True, return_indices=True)
     starts = np.stack([query_runs[1][in_query], key_runs[1][in_key]], axis=1)
     lengths = np.stack([query_runs[2][in_query], key_runs[2][in_key]], axis=1)
-    pads = (query_segment_ids.numel(), key_segment_ids.numel())
-    groups = tuple(
-        _group(starts[members], lengths=lengths[members], pads=pads, causal=causal) for members in _cluster(lengths)
-    )
-    return SegmentPlan(groups=groups, area=sum(int(np.prod(group.sizes)) for group in groups))
+    sizes = (query_segment_ids.numel(), key_segment_ids.numel())
+    return SegmentPlan(starts=starts, lengths=lengths, sizes=sizes, causal=causal)
 
 
 def segment_attention(query: Tensor, *, key: Tensor, value: Tensor, plan: SegmentPlan, scale: float) -> Tensor:
@@ -168,7 +200,7 @@ def _scatter(parts: tuple[Tensor, ...], *, indices: list[Tensor], shape: torch.S
 
 
 def _runs(ids: NDArray[Any]) -> tuple[Integers, Integers, Integers] | None:
-    """The segments of rows [B, T]: (unique keys of row and id, starts in [B * T], lengths); None if not in one piece."""
+    """The segments of rows [B, T]: (keys of row and id, starts in [B * T], lengths); None if one is in pieces."""
     rows, length = ids.shape
     if ids.size == 0:
         empty = np.zeros(0, dtype=np.int64)
@@ -180,7 +212,7 @@ def _runs(ids: NDArray[Any]) -> tuple[Integers, Integers, Integers] | None:
     values = ids.reshape(-1)[starts]
     real = values != 0
     starts, lengths, values = starts[real], lengths[real], values[real]
-    keys = (starts // length) * (int(ids.max()) + 1 + (1 << 32)) + values
+    keys = (starts // length) * (1 << 32) + values
     if np.unique(keys).size != keys.size:
         return None
     return keys.astype(np.int64), starts.astype(np.int64), lengths.astype(np.int64)

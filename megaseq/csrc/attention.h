@@ -1,0 +1,54 @@
+// Attention within the segments of packed rows, in place: no gathering, no padding, no masked-out products.
+//
+// A segment is a run of neighbouring tokens in the flattened rows [tokens, heads, width]. Its queries see the keys of
+// the same segment only, so its scores are one small matrix for each head, which stays in the first-level cache together
+// with its keys and values.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace megaseq {
+
+// A tensor [tokens, heads, width] in row-major order within a head; strides in elements.
+template <typename T>
+struct HeadsOf {
+  T* data;
+  std::size_t num_heads;
+  std::int64_t token_stride;
+  std::int64_t head_stride;
+};
+using Heads = HeadsOf<float>;
+using ConstHeads = HeadsOf<const float>;
+
+// Where a segment's queries and keys stand, and where its probabilities begin, counted for one head.
+struct Segment {
+  std::int64_t query_start;
+  std::int64_t num_queries;
+  std::int64_t key_start;
+  std::int64_t num_keys;
+  std::int64_t probabilities;
+};
+
+struct AttentionCall {
+  const Segment* segments;
+  std::size_t num_segments;
+  std::size_t width;  // Of a head, a multiple of kAttentionBlock.
+  bool causal;        // Within a segment, query i sees keys 0 to i.
+  float scale;
+  std::size_t num_threads;
+};
+
+// Rows of probabilities are padded to a multiple of this, and so must be the width of a head.
+inline constexpr std::size_t kAttentionBlock = 16;
+
+// Writes the outputs of all queries of all segments, and their probabilities, which the backward pass wants.
+void attention_forward(const AttentionCall& call, ConstHeads query, ConstHeads key, ConstHeads value, Heads output,
+                       float* probabilities);
+
+// Writes the gradients of all queries, keys and values of all segments.
+void attention_backward(const AttentionCall& call, ConstHeads gradient, ConstHeads query, ConstHeads key,
+                        ConstHeads value, const float* probabilities, Heads query_gradient, Heads key_gradient,
+                        Heads value_gradient);
+
+}  // namespace megaseq

@@ -1,0 +1,181 @@
+"""Linear cross entropy: the chunked op against the plain one, torch and finite differences."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn import functional
+
+from megaseq.kernels import CrossEntropy, linear_cross_entropy
+from megaseq.kernels.checks import KernelError
+from megaseq.kernels.cross_entropy.chunked import chunked_cross_entropy
+from megaseq.kernels.cross_entropy.reference import reference_cross_entropy
+
+VARIANTS = (
+    CrossEntropy(),
+    CrossEntropy(label_smoothing=0.1),
+    CrossEntropy(label_smoothing=0.1, scale=0.3, chunk=4),
+    CrossEntropy(z_loss=0.01, chunk=4),
+    CrossEntropy(label_smoothing=0.2, z_loss=0.01, soft_cap=1.5, chunk=3),
+    CrossEntropy(soft_cap=2.0),
+)
+
+
+def tensors(*, count: int, width: int, classes: int, dtype: torch.dtype, seed: int = 0) -> dict[str, Tensor]:
+    """Arguments of the op, with a few weights of 0."""
+    generator = torch.Generator().manual_seed(seed)
+    weights = torch.rand(count, generator=generator, dtype=torch.float32)
+    weights[::3] = 0.0
+    return {
+        "hidden": torch.randn(count, width, generator=generator, dtype=dtype).requires_grad_(),
+        "weight": torch.randn(classes, width, generator=generator, dtype=dtype).requires_grad_(),
+        "bias": torch.randn(classes, generator=generator, dtype=dtype).requires_grad_(),
+        "labels": torch.randint(0, classes, (count,), generator=generator),
+        "weights": weights.to(torch.promote_types(dtype, torch.float32)),
+    }
+
+
+def gradients(loss: Tensor, arguments: dict[str, Tensor]) -> tuple[Tensor, ...]:
+    """Gradients of hidden, weight and bias."""
+    return torch.autograd.grad(loss, [arguments[name] for name in ("hidden", "weight", "bias")])
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_chunked_equals_reference(variant: CrossEntropy) -> None:
+    arguments = tensors(count=13, width=6, classes=11, dtype=torch.float64)
+    want = reference_cross_entropy(**arguments, settings=variant)
+    have = chunked_cross_entropy(**arguments, settings=variant)
+    torch.testing.assert_close(tuple(have), tuple(want), rtol=1e-12, atol=1e-12)
+    for a, b in zip(gradients(have.loss * 0.7, arguments), gradients(want.loss * 0.7, arguments), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_gradcheck(variant: CrossEntropy) -> None:
+    arguments = tensors(count=5, width=3, classes=4, dtype=torch.float64)
+
+    def loss(hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        fixed = {"labels": arguments["labels"], "weights": arguments["weights"]}
+        return linear_cross_entropy(hidden, weight=weight, bias=bias, settings=variant, **fixed).loss
+
+    assert torch.autograd.gradcheck(loss, (arguments["hidden"], arguments["weight"], arguments["bias"]))
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    count=st.integers(1, 40),
+    width=st.integers(1, 9),
+    classes=st.integers(1, 30),
+    chunk=st.integers(1, 50),
+    smoothing=st.sampled_from([0.0, 0.1, 0.5]),
+    seed=st.integers(0, 100),
+)
+def test_agrees_with_torch(count: int, width: int, classes: int, chunk: int, smoothing: float, seed: int) -> None:
+    arguments = tensors(count=count, width=width, classes=classes, dtype=torch.float32, seed=seed)
+    have = linear_cross_entropy(**arguments, settings=CrossEntropy(label_smoothing=smoothing, chunk=chunk))
+    logits = functional.linear(arguments["hidden"], arguments["weight"], arguments["bias"])
+    each = functional.cross_entropy(logits, arguments["labels"], reduction="none", label_smoothing=smoothing)
+    want = (each * arguments["weights"]).sum()
+    torch.testing.assert_close(have.loss, want, rtol=2e-5, atol=2e-5)
+    torch.testing.assert_close(have.weight, arguments["weights"].sum())
+    for a, b in zip(gradients(have.loss, arguments), gradients(want, arguments), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_metrics() -> None:
+    hidden = torch.eye(3)
+    weight = torch.tensor([[5.0, 0, 0], [0, 5.0, 0], [0, 0, 5.0]])
+    sums = linear_cross_entropy(
+        hidden, weight=weight, labels=torch.tensor([0, 1, 0]), weights=torch.tensor([1.0, 2.0, 4.0])
+    )
+    assert float(sums.correct) == 3.0 and float(sums.weight) == 7.0
+    right = float(torch.logsumexp(torch.tensor([5.0, 0, 0]), 0)) - 5.0
+    assert float(sums.nll) == pytest.approx(3 * right + 4 * (right + 5.0), rel=1e-6)
+
+
+def test_unlikely_labels_stay_finite() -> None:
+    """The label's probability underflows; the loss is the gap of the logits."""
+    sums = linear_cross_entropy(
+        torch.tensor([[1.0]]),
+        weight=torch.tensor([[500.0], [-500.0]]).requires_grad_(),
+        labels=torch.tensor([1]),
+        weights=torch.ones(1),
+    )
+    assert float(sums.loss.detach()) == 1000.0
+
+
+def test_labels_of_weight_zero_are_not_read_and_cost_nothing() -> None:
+    arguments = tensors(count=9, width=4, classes=5, dtype=torch.float32)
+    expected = linear_cross_entropy(**arguments)
+    arguments["labels"] = torch.where(arguments["weights"] == 0, -100, arguments["labels"])
+    found = linear_cross_entropy(**arguments)
+    assert float(found.loss) == float(expected.loss)
+    (gradient,) = torch.autograd.grad(found.loss, arguments["hidden"])
+    assert (gradient[arguments["weights"] == 0] == 0).all()
+
+
+def test_all_weights_zero() -> None:
+    arguments = tensors(count=4, width=3, classes=5, dtype=torch.float32)
+    arguments["weights"] = torch.zeros(4)
+    sums = linear_cross_entropy(**arguments, settings=CrossEntropy(label_smoothing=0.1))
+    assert float(sums.loss) == 0.0 and float(sums.weight) == 0.0
+    assert all((gradient == 0).all() for gradient in gradients(sums.loss, arguments))
+
+
+def test_bf16_keeps_softmax_and_weight_gradient_precise() -> None:
+    arguments = tensors(count=64, width=16, classes=50, dtype=torch.bfloat16)
+    precise = {
+        name: tensor.detach().double().requires_grad_(tensor.requires_grad) if tensor.is_floating_point() else tensor
+        for name, tensor in arguments.items()
+    }
+    have = linear_cross_entropy(**arguments, settings=CrossEntropy(chunk=8))
+    want = linear_cross_entropy(**precise)
+    assert have.loss.dtype is torch.float32
+    torch.testing.assert_close(have.loss.double(), want.loss, rtol=2e-2, atol=0)
+    for a, b in zip(gradients(have.loss, arguments), gradients(want.loss, precise), strict=True):
+        assert a.dtype is torch.bfloat16
+        assert float((a.double() - b).norm() / b.norm()) < 2e-2
+
+
+def test_under_autocast_the_products_are_bf16() -> None:
+    arguments = tensors(count=8, width=4, classes=6, dtype=torch.float32)
+    exact = linear_cross_entropy(**arguments).loss
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = linear_cross_entropy(**{**arguments, "hidden": arguments["hidden"].bfloat16()}).loss
+    assert found.dtype is torch.float32
+    torch.testing.assert_close(found, exact, rtol=3e-2, atol=0)
+
+
+def test_without_gradients_nothing_is_saved() -> None:
+    arguments = tensors(count=8, width=4, classes=6, dtype=torch.float32)
+    with torch.no_grad():
+        sums = linear_cross_entropy(**arguments)
+    assert not sums.loss.requires_grad
+    torch.testing.assert_close(sums.loss, linear_cross_entropy(**arguments).loss.detach())
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"weight": torch.zeros(5, 7)}, r"weight must have shape \[V, D\] = \[any, 4\], but is \[5, 7\]"),
+        ({"labels": torch.full((6,), 5)}, r"labels must lie in \[0, 5\), but is 5"),
+        ({"labels": torch.zeros(6, dtype=torch.int32)}, "labels must be int64"),
+        ({"labels": torch.zeros(5, dtype=torch.int64)}, r"labels must have shape \[N\] = \[6\], but is \[5\]"),
+        ({"bias": torch.zeros(4)}, "bias must have shape"),
+        ({"settings": CrossEntropy(label_smoothing=1.0)}, "label_smoothing must be at least 0 and below 1"),
+        ({"settings": CrossEntropy(chunk=0)}, "chunk must be at least 1, but is 0"),
+    ],
+)
+def test_what_does_not_fit_is_one_sentence(change: dict[str, object], words: str) -> None:
+    arguments: dict[str, object] = {
+        "weight": torch.zeros(5, 4),
+        "labels": torch.zeros(6, dtype=torch.int64),
+        "weights": torch.ones(6),
+        **change,
+    }
+    with pytest.raises(KernelError, match=words) as caught:
+        linear_cross_entropy(torch.zeros(6, 4), **arguments)  # type: ignore[arg-type]
+    assert str(caught.value).startswith("linear_cross_entropy: ") and "\n" not in str(caught.value)
