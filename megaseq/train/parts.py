@@ -13,6 +13,7 @@ from megaseq.data.input import Input
 from megaseq.data.vocabulary import Vocabulary
 from megaseq.tasks.base import BaseTask
 from megaseq.train.experiment import Run
+from megaseq.train.host_memory import keep_freed_memory
 
 VOCABULARY = "vocabulary"
 """Folder of the tokenizers' files, in a run directory and in a checkpoint."""
@@ -26,7 +27,8 @@ def check_params(params: Run.Params) -> None:
 
 
 def set_up_process(params: Run.Params) -> None:
-    """Sets what holds for the whole process: threads, and no denormal numbers, which are slow and mean nothing here."""
+    """Sets what holds for the whole process: threads, kept memory, no denormals (slow, and they mean nothing here)."""
+    keep_freed_memory()
     if params.train.num_threads:
         torch.set_num_threads(params.train.num_threads)
     torch.set_flush_denormal(True)
