@@ -2,21 +2,26 @@
 
 The name is the module path below `experiments` and the class: `megaseq/experiments/mt/multi30k.py`, class `Base`, is
 `mt.multi30k.Base`. Other packages add theirs through an entry point of the group `megaseq.experiments` that names a
-module or package.
+module or package, or, without being installed, by standing in the working directory and being named, with commas between
+several, in the environment variable MEGASEQ_EXPERIMENTS.
 """
 
 from __future__ import annotations
 
 import importlib
 import importlib.util
+import os
 import pkgutil
+import sys
 from importlib.metadata import entry_points
+from types import ModuleType
 from typing import Any, TypeVar
 
 from megaseq.base.errors import AsText, RegistryError, must, suggestion
 
 _ENTRY_POINT_GROUP = "megaseq.experiments"
 _BUILT_IN = "megaseq.experiments"
+_VARIABLE = "MEGASEQ_EXPERIMENTS"
 
 _experiments: dict[str, type[Any]] = {}
 _loaded: set[str] = set()
@@ -92,7 +97,7 @@ def load_all() -> None:
     for root in _roots():
         if root in _loaded:
             continue
-        package = importlib.import_module(root)
+        package = _import_root(root)
         for module in pkgutil.walk_packages(getattr(package, "__path__", []), prefix=f"{root}."):
             importlib.import_module(module.name)
         _loaded.add(root)
@@ -104,7 +109,33 @@ def packages() -> frozenset[str]:
 
 
 def _roots() -> list[str]:
-    return [_BUILT_IN, *(point.value.split(":")[0] for point in entry_points(group=_ENTRY_POINT_GROUP))]
+    installed = (point.value.split(":")[0] for point in entry_points(group=_ENTRY_POINT_GROUP))
+    return [_BUILT_IN, *installed, *_named_roots()]
+
+
+def _named_roots() -> list[str]:
+    names = [name.strip() for name in os.environ.get(_VARIABLE, "").split(",") if name.strip()]
+    # The `megaseq` command, unlike `python -m megaseq`, does not look in the working directory by itself.
+    if names and not {"", os.getcwd()} & set(sys.path):
+        sys.path.insert(0, os.getcwd())
+    return names
+
+
+def _import_root(root: str) -> ModuleType:
+    if root not in _named_roots():
+        return importlib.import_module(root)
+    try:
+        return importlib.import_module(root)
+    except ModuleNotFoundError as error:
+        if error.name != root.split(".")[0]:
+            raise
+        raise must(
+            _VARIABLE,
+            "name modules that Python finds",
+            root,
+            "Start from the directory that holds it, or install its package",
+            kind=RegistryError,
+        ) from None
 
 
 def _load_module_of(name: str) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from megaseq.base import register
-from megaseq.data.bucketing import Bucketing
 from megaseq.data.input import Input
 from megaseq.data.numbers import TAGS, Numbers as NumbersSource
 from megaseq.data.packing import Packing
@@ -43,7 +42,7 @@ class Numbers(Experiment):
         )
 
     def eval_inputs(self) -> dict[str, Input.Params]:
-        return {"held_out": Input.Params(source=NumbersSource.Params(num_examples=1000, held_out=True))}
+        return {"held_out": Input.Params(source=NumbersSource.Params(num_examples=1000, held_out=True), too_long="truncate")}
 
     def learner(self) -> Learner.Params:
         return Learner.Params(

@@ -74,3 +74,17 @@ def test_a_package_of_another_author(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert "tiny.T" in registry.names()
     assert "megaseq_guest.norm" not in sys.modules
     assert class_at("megaseq_guest.norm.MyNorm", path="x").__name__ == "MyNorm", "its classes may be named in YAML"
+
+
+def test_a_module_in_the_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "nearby_lab.py").write_text(
+        "from megaseq.base import register\n\n@register\nclass Mine:\n    def params(self): return 7\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry != ""])
+    monkeypatch.setenv("MEGASEQ_EXPERIMENTS", " nearby_lab, ")
+    assert registry.params("nearby_lab.Mine") == 7
+    assert "nearby_lab" in registry.packages()
+    monkeypatch.setenv("MEGASEQ_EXPERIMENTS", "nowhere_lab")
+    with pytest.raises(RegistryError, match=r"^MEGASEQ_EXPERIMENTS: must name modules that Python finds, but is 'nowhere_lab'"):
+        registry.get("nowhere_lab.Mine")

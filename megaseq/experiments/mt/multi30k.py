@@ -58,10 +58,9 @@ class Base(Experiment):
         return Input.Params(source=self._text("train"), batching=Packing.Params(rows=32, source_length=128))
 
     def eval_inputs(self) -> dict[str, Input.Params]:
-        return {
-            "val": Input.Params(source=self._text("val")),
-            "test_2016_flickr": Input.Params(source=self._text("test_2016_flickr")),
-        }
+        names = ("val", "test_2016_flickr")
+        # A score is that of the whole set, so nothing is left out of it.
+        return {name: Input.Params(source=self._text(name), too_long="truncate", empty="keep") for name in names}
 
     def learner(self) -> Learner.Params:
         return Learner.Params(
