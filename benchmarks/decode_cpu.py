@@ -1,13 +1,15 @@
 """Beam search on CPU: megaseq against transformers' generate, same weights, same sources, same outputs.
 
-    python benchmarks/decode_cpu.py [--data-dir DIR] [--size small|base] [--threads N] [--profile]
+    python benchmarks/decode_cpu.py [--data-dir DIR] [--run-dir RUN] [--size small|base] [--threads N] [--profile]
 
 Both sides decode the same length-sorted batches with beam 4 and the conventions of transformers; each runs at every
 batch size, in turns, and is judged by the best of its medians. With `--data-dir` the sources are those of the Multi30k
-test set in pieces of a SentencePiece model of 8,000; otherwise random ids of like lengths. The weights are random. Two
-rows: `limit`, where no output ends before the length of the batch's longest source; and `ending`, where outputs may be
-half to twice as long and the end token is made so likely that they end on their own at various steps, as those of
-trained models do.
+test set in pieces of a SentencePiece model of 8,000; otherwise random ids of like lengths. The rows of the table:
+
+- `limit`: random weights that never end an output; all have 20 tokens. What a step costs.
+- `ending`: random weights with the end token so likely that outputs end at various steps, 6 to 44 tokens.
+- `ending`: random weights with the end token so likely that outputs end at various steps, after 6 to 44 tokens;
+  the sources of `--data-dir`; both sides allow 64 tokens.
 """
 
 from __future__ import annotations
@@ -20,10 +22,11 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 import torch
-from transformers import MarianConfig, MarianMTModel
+from transformers import M2M100Config, M2M100ForConditionalGeneration, MarianConfig, MarianMTModel
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -31,9 +34,11 @@ from megaseq.base import NestedMap
 from megaseq.decode import BeamSearch
 from megaseq.layers import families
 from megaseq.layers.encoder_decoder import EncoderDecoder
+from megaseq.train.host_memory import keep_freed_memory
+from megaseq.train.saving import load_trained
 from tests.parity import mapping
 
-PAD, EOS, VOCAB, BEAM = 0, 3, 8000, 4
+PAD, BOS, EOS, VOCAB, BEAM = 0, 2, 3, 8000, 4
 SIZES = {
     "small": dict(model_dim=256, hidden_dim=1024, num_heads=4, num_layers=3),
     "base": dict(model_dim=512, hidden_dim=2048, num_heads=8, num_layers=6),
@@ -102,35 +107,75 @@ def models(size: str, *, eos_bias: float) -> tuple[MarianMTModel, EncoderDecoder
     return theirs, ours.eval()
 
 
-def search(steps: int, *, least: int) -> BeamSearch:
+class Case(NamedTuple):
+    """One row of the table: both models, their start token, and the limits of the outputs."""
+
+    theirs: Any
+    ours: EncoderDecoder
+    start: int
+    least: int
+    most: int
+
+
+def trained(run_dir: str) -> tuple[Case, Any]:
+    """The model of a run in both houses, and the run's vocabulary."""
+    model = load_trained(run_dir)
+    ours: Any = model.task.eval()
+    p = ours.params
+    layer = p.decoder.layer
+    theirs = M2M100ForConditionalGeneration(
+        M2M100Config(
+            vocab_size=ours.softmax_matrix().shape[0], d_model=p.model_dim, encoder_layers=p.encoder.num_layers,
+            decoder_layers=p.decoder.num_layers, encoder_attention_heads=layer.self_attention.num_heads,
+            decoder_attention_heads=layer.self_attention.num_heads, encoder_ffn_dim=layer.ffn.hidden_dim,
+            decoder_ffn_dim=layer.ffn.hidden_dim, max_position_embeddings=512, pad_token_id=PAD, eos_token_id=EOS,
+            bos_token_id=BOS, decoder_start_token_id=BOS, scale_embedding=True, activation_function="relu",
+        )
+    ).eval()  # fmt: skip
+    # Each of our tensors is one of theirs, or several of theirs in a row: find out which by names, and copy back.
+    state = dict(ours.state_dict())
+    numbered = {name: torch.full(value.shape, float(n)) for n, (name, value) in enumerate(theirs.state_dict().items())}
+    names = list(numbered)
+    stand_in = SimpleNamespace(state_dict=lambda: numbered)
+    with torch.no_grad():
+        for mine, marks in mapping.bart(stand_in).items():
+            firsts = marks if marks.dim() == 1 else marks[:, 0]
+            for mark in firsts.unique_consecutive().tolist():
+                theirs.state_dict()[names[int(mark)]].copy_(state[mine][firsts == mark])
+    for side, stack in (("encoder", ours.encoder), ("decoder", ours.decoder)):
+        table = getattr(theirs.model, side).embed_positions
+        # Theirs counts from one behind the padding's row.
+        places = torch.arange(table.weights.shape[0] - 1)
+        table.weights[1:] = stack.positions.lookup(places, dtype=torch.float32)
+        table.weights[0] = 0.0
+    return Case(theirs, ours, start=BOS, least=0, most=64), model.vocabulary
+
+
+def search(case: Case) -> BeamSearch:
     """Beam search by transformers' conventions, with its defaults."""
     params = BeamSearch.Params(
-        num_hyps_per_beam=BEAM, target_sos_id=PAD, target_eos_id=EOS, target_seq_len=steps, length_penalty=1.0,
-        candidates="merged", termination="heuristic", valid_eos_max_logit_delta=float("inf"),
-        local_eos_threshold=float("-inf"), force_eos_in_last_step=False, keep_unfinished=True,
-        min_seq_len=least,
+        num_hyps_per_beam=BEAM, target_sos_id=case.start, target_eos_id=EOS, target_seq_len=case.most,
+        min_seq_len=case.least, length_penalty=1.0, candidates="merged", termination="heuristic",
+        valid_eos_max_logit_delta=float("inf"), local_eos_threshold=float("-inf"), force_eos_in_last_step=False,
+        keep_unfinished=True,
     )  # fmt: skip
     made: BeamSearch = params.instantiate()
     return made
 
 
-def run_ours(model: EncoderDecoder, *, data: list[NestedMap], factor: int = 1) -> Outputs:
+def run_ours(case: Case, *, data: list[NestedMap]) -> Outputs:
     """Decodes all batches with megaseq."""
-    outputs = []
-    for batch in data:
-        width = batch.ids.shape[1]
-        found = search(factor * width, least=width // 2).search(model, source=batch)
-        outputs += [hyps[0].ids for hyps in found]
-    return outputs
+    beam = search(case)
+    return [hyps[0].ids for batch in data for hyps in beam.search(case.ours, source=batch)]
 
 
-def run_theirs(model: Any, *, data: list[NestedMap], factor: int = 1) -> Outputs:
+def run_theirs(case: Case, *, data: list[NestedMap]) -> Outputs:
     """Decodes all batches with transformers."""
     outputs: Outputs = []
     for batch in data:
-        rows = model.generate(
+        rows = case.theirs.generate(
             batch.ids, attention_mask=batch.segment_ids, num_beams=BEAM, do_sample=False, early_stopping=False,
-            max_new_tokens=factor * batch.ids.shape[1], min_new_tokens=batch.ids.shape[1] // 2, length_penalty=1.0,
+            max_new_tokens=case.most, min_new_tokens=case.least, length_penalty=1.0,
         )[:, 1:].tolist()  # fmt: skip
         outputs += [tuple(row[: row.index(EOS)] if EOS in row else row) for row in rows]
     return outputs
@@ -150,28 +195,25 @@ def unpadded(ids: tuple[int, ...]) -> tuple[int, ...]:
     return ids
 
 
-def compare(name: str, *, sources: list[list[int]], sizes: list[int], repeats: int, args: argparse.Namespace) -> None:
+def compare(name: str, *, case: Case, sources: list[list[int]], args: argparse.Namespace) -> None:
     """Prints one row of the table."""
-    theirs, ours = models(args.size, eos_bias=args.eos_bias if name == "ending" else -1e4)
-    factor = 2 if name == "ending" else 1
     clock = time.process_time if args.cpu_time else time.perf_counter
     best: dict[str, tuple[float, int]] = {}
-    same = length = 0.0
-    for size in sizes:
+    for size in args.batch_sizes:
         data = batches(sources, size=size)
-        run_ours(ours, data=data[:1]), run_theirs(theirs, data=data[:1])
+        run_ours(case, data=data[:1]), run_theirs(case, data=data[:1])
         times: dict[str, list[float]] = {"ours": [], "theirs": []}
-        for _ in range(repeats):
-            seconds, mine = timed(lambda data=data: run_ours(ours, data=data, factor=factor), clock=clock)
+        for _ in range(args.repeats):
+            seconds, mine = timed(lambda data=data: run_ours(case, data=data), clock=clock)
             times["ours"].append(seconds)
-            seconds, other = timed(lambda data=data: run_theirs(theirs, data=data, factor=factor), clock=clock)
+            seconds, other = timed(lambda data=data: run_theirs(case, data=data), clock=clock)
             times["theirs"].append(seconds)
-        pairs = [(unpadded(a), unpadded(b)) for a, b in zip(mine, other, strict=True)]
-        same = sum(a == b for a, b in pairs) / len(pairs)
-        length = sum(len(a) for a, _ in pairs) / len(pairs)
         for side, values in times.items():
             rate = len(sources) / statistics.median(values)
             best[side] = max(best.get(side, (0.0, 0)), (rate, size))
+    pairs = [(unpadded(a), unpadded(b)) for a, b in zip(mine, other, strict=True)]
+    same = sum(a == b for a, b in pairs) / len(pairs)
+    length = sum(len(a) for a, _ in pairs) / len(pairs)
     (mine_rate, mine_size), (their_rate, their_size) = best["ours"], best["theirs"]
     print(
         f"{name:8} {mine_rate:10.1f} ({mine_size:3}) {their_rate:14.1f} ({their_size:3}) {mine_rate / their_rate:8.2f}"
@@ -184,9 +226,10 @@ def main() -> None:
     """Reads the options, prints the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data-dir", default=None)
+    parser.add_argument("--run-dir", default=None, help="a trained run; needs --data-dir")
     parser.add_argument("--size", choices=sorted(SIZES), default="small")
     parser.add_argument("--sources", type=int, default=256)
-    parser.add_argument("--batch-sizes", type=int, nargs="+", default=[16, 32, 64])
+    parser.add_argument("--batch-sizes", type=int, nargs="+", default=[16, 32, 64, 128])
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--eos-bias", type=float, default=4.5, help="bias of the end token in the row `ending`")
@@ -194,18 +237,25 @@ def main() -> None:
     parser.add_argument("--profile", action="store_true", help="print where megaseq's time goes instead")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    keep_freed_memory()  # As the command line does; it helps both sides.
     sources = read_sources(args.data_dir, count=args.sources)
     if args.profile:
         _, ours = models(args.size, eos_bias=-1e4)
-        data = batches(sources, size=args.batch_sizes[0])
         with torch.profiler.profile() as profiler:
-            run_ours(ours, data=data[:4])
+            run_ours(Case(None, ours, PAD, 0, 20), data=batches(sources, size=args.batch_sizes[0])[:4])
         print(profiler.key_averages().table(sort_by="self_cpu_time_total", row_limit=25, max_name_column_width=40))
         return
-    print(f"{args.size}, beam {BEAM}, {len(sources)} sources, {args.threads} threads; sentences/s (best batch size)")
+    unit = "CPU second" if args.cpu_time else "second"
+    print(f"beam {BEAM}, {len(sources)} sources, {args.threads} threads; sentences a {unit} (best batch size)")
     print(f"{'outputs':8} {'megaseq':>16} {'transformers':>20} {'ratio':>8} {'same':>10} {'tokens':>8}")
-    for name in ("limit", "ending"):
-        compare(name, sources=sources, sizes=args.batch_sizes, repeats=args.repeats, args=args)
+    if args.run_dir:
+        case, vocabulary = trained(args.run_dir)
+        lines = gzip.decompress((Path(args.data_dir) / "test_2016_flickr.de.gz").read_bytes()).decode().splitlines()
+        encoded = [[*ids, EOS] for ids in vocabulary.source.encode_batch(lines[: args.sources])]
+        compare("trained", case=case, sources=encoded, args=args)
+    for name, bias, least, most in (("limit", -1e4, 0, 20), ("ending", args.eos_bias, 6, 44)):
+        theirs, ours = models(args.size, eos_bias=bias)
+        compare(name, case=Case(theirs, ours, PAD, least, most), sources=sources, args=args)
 
 
 if __name__ == "__main__":

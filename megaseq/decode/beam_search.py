@@ -144,7 +144,7 @@ class BeamSearch(Search):
     def _advance(
         self, beam: _Beam, *, logits: torch.Tensor, step: int, finished: Finished, prefix: torch.Tensor | None
     ) -> _Parents | None:
-        """One step after the model: updates `beam` and `finished`; returns what to select from the decoder, if anything."""
+        """One step after the model: updates `beam` and `finished`; returns what the decoder must select, or None."""
         p = self.params
         last = beam.limits.most <= step + 1
         proposals = self._propose(beam, logits=logits, step=step, last=last, prefix=prefix)

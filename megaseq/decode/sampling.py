@@ -89,7 +89,7 @@ class Sampler(Walk):
         draw = uniform(self.params.seed, keys.unsqueeze(1), samples, step)
         # Double precision: a float32 sum over a large vocabulary loses the tokens of its tail.
         cumulative = logprobs.exp().double().cumsum(dim=-1).contiguous()
-        # At the first step all samples of a source look into its one row, [B, 1, N], later each into its own, [B, N, 1].
+        # At the first step all samples of a source look into its one row, [B, 1, N]; later each has its own, [B, N, 1].
         draw = draw.view(draw.shape[0], logprobs.shape[1], -1)
         total = cumulative[..., -1:].contiguous()
         # `right`: the first token whose cumulative probability is above the target; so never one of probability 0.
