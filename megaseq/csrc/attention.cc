@@ -26,7 +26,7 @@ namespace megaseq {
 namespace {
 
 constexpr std::int64_t kBlock = kAttentionBlock;
-constexpr int kRows = 4;
+constexpr int kRows = 6;  // Twelve sums, two vectors of b and one factor fill the sixteen registers of AVX2.
 constexpr int kLanes = 8;
 constexpr int kVectors = kAttentionBlock / kLanes;
 
@@ -78,14 +78,19 @@ MEGASEQ_INLINE void product_block(ConstMatrix a, ConstMatrix b, Matrix c, std::i
 MEGASEQ_INLINE void product(ConstMatrix a, ConstMatrix b, Matrix c, std::int64_t rows, std::int64_t columns,
                             std::int64_t depth, bool add) {
   for (std::int64_t j = 0; j < columns; j += kBlock) {
-    std::int64_t i = 0;
-    for (; i + kRows <= rows; i += kRows) {
-      product_block<kRows>({a.data + i * a.stride, a.stride}, {b.data + j, b.stride},
-                           {c.data + i * c.stride + j, c.stride}, depth, add);
-    }
-    for (; i < rows; ++i) {
-      product_block<1>({a.data + i * a.stride, a.stride}, {b.data + j, b.stride},
-                       {c.data + i * c.stride + j, c.stride}, depth, add);
+    const ConstMatrix right{b.data + j, b.stride};
+    for (std::int64_t i = 0; i < rows; i += kRows) {
+      const ConstMatrix left{a.data + i * a.stride, a.stride};
+      const Matrix out{c.data + i * c.stride + j, c.stride};
+      // Rows one by one would wait for each sum in turn, so what is left at the end has blocks of its own.
+      switch (std::min<std::int64_t>(rows - i, kRows)) {
+        case 1: product_block<1>(left, right, out, depth, add); break;
+        case 2: product_block<2>(left, right, out, depth, add); break;
+        case 3: product_block<3>(left, right, out, depth, add); break;
+        case 4: product_block<4>(left, right, out, depth, add); break;
+        case 5: product_block<5>(left, right, out, depth, add); break;
+        default: product_block<kRows>(left, right, out, depth, add);
+      }
     }
   }
 }

@@ -22,10 +22,10 @@ from torch import Tensor
 from megaseq.kernels.cross_entropy.settings import CrossEntropy, LossSums
 from megaseq.kernels.functions import apply_many
 
-CHUNK_BYTES = 8 << 20
-"""Size of one chunk's logits in bytes: two such buffers fit the last-level cache of a server core complex."""
-MIN_CHUNK = 64
-"""Below this many rows the matrix products lose speed."""
+CHUNK_BYTES = 64 << 20
+"""Size of one chunk's logits in bytes, at most; there are two such buffers."""
+MIN_CHUNK, MAX_CHUNK = 128, 1024
+"""Tokens of a chunk. Fewer cost speed: each chunk reads the weights and adds to their gradient; more save no time."""
 
 
 def chunked_cross_entropy(
@@ -119,7 +119,7 @@ def _run(
         weight=torch.zeros(weight.shape, dtype=precise, device=rows.device) if wanted[1] else None,
         bias=torch.zeros(num_classes, dtype=precise, device=rows.device) if wanted[2] and bias is not None else None,
     )
-    chunk = settings.chunk or max(MIN_CHUNK, CHUNK_BYTES // (num_classes * rows.element_size()))
+    chunk = settings.chunk or min(MAX_CHUNK, max(MIN_CHUNK, CHUNK_BYTES // (num_classes * rows.element_size())))
     # Equal chunks: a short last one would run its matrix products at a lower speed.
     pieces = max(1, -(-count // chunk))
     chunk = max(1, -(-count // pieces))
