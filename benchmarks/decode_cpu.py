@@ -6,10 +6,10 @@ Both sides decode the same length-sorted batches with beam 4 and the conventions
 batch size, in turns, and is judged by the best of its medians. With `--data-dir` the sources are those of the Multi30k
 test set in pieces of a SentencePiece model of 8,000; otherwise random ids of like lengths. The rows of the table:
 
-- `limit`: random weights that never end an output; all have 20 tokens. What a step costs.
-- `ending`: random weights with the end token so likely that outputs end at various steps, 6 to 44 tokens.
-- `ending`: random weights with the end token so likely that outputs end at various steps, after 6 to 44 tokens;
-  the sources of `--data-dir`; both sides allow 64 tokens.
+- `trained`: with `--run-dir`, the weights of a run of mt.multi30k.Small or Base, whose outputs end where they should,
+  on the sources of `--data-dir`; both sides allow 64 tokens;
+- `limit`: random weights that never end an output; all have 20 tokens: what a step costs when nothing ever finishes;
+- `ending`: random weights with the end token so likely that outputs end at various steps, after 6 to 44 tokens.
 """
 
 from __future__ import annotations
