@@ -1,0 +1,18 @@
+"""What holds for all tests: none leaves the process in another state than it found it in."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def _process_state() -> Iterator[None]:
+    """Takes back what the jobs set for their whole process: flushing of denormal numbers, threads of matrix products."""
+    threads = torch.get_num_threads()
+    yield
+    torch.set_flush_denormal(False)
+    if torch.get_num_threads() != threads:
+        torch.set_num_threads(threads)
