@@ -198,8 +198,7 @@ class Checkpointer(Configurable):
     ) -> Restored:
         """Loads the newest usable checkpoint, or exactly the one of `step`.
 
-        One that is not whole is passed over with a message (a log line and in `Restored.messages`); nothing of it is
-        loaded.
+        One that is not whole is passed over, with a line in `Restored.messages`; nothing of it is loaded.
 
         Args:
             step: Which one; None is the newest.
@@ -223,7 +222,6 @@ class Checkpointer(Configurable):
             except DamagedError as error:
                 self._damaged.add(newest)
                 messages.append(str(error))
-                logger.warning("%s Falling back to the checkpoint before.", error)
                 continue
             return replace(restored, messages=tuple(messages))
         if messages:

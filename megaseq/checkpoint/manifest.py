@@ -17,6 +17,8 @@ from megaseq.base.errors import CheckpointError
 from megaseq.checkpoint.safetensors_file import FileDigest
 
 MANIFEST = "manifest.json"
+METADATA = "tensors.json"
+"""File that says which tensors there are and where; see storage.py."""
 FORMAT = "megaseq-checkpoint"
 VERSION = 1
 

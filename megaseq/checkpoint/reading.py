@@ -7,21 +7,19 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
-from torch.distributed.checkpoint.metadata import Metadata
-from torch.distributed.checkpoint.state_dict_loader import load as distributed_load
 
 from megaseq.base.errors import CheckpointError
 from megaseq.checkpoint.directory import find_checkpoint
-from megaseq.checkpoint.manifest import DamagedError, Manifest, read_manifest, verify_files
-from megaseq.checkpoint.storage import SafetensorsReader, read_metadata
-from megaseq.checkpoint.writing import FILES, METADATA, STATE, first_failure
+from megaseq.checkpoint.manifest import METADATA, DamagedError, Manifest, read_manifest, verify_files
+from megaseq.checkpoint.writing import FILES, STATE, first_failure
+
+if TYPE_CHECKING:
+    from torch.distributed.checkpoint.metadata import Metadata
 
 
 @dataclass(frozen=True)
@@ -53,6 +51,9 @@ class OpenCheckpoint:
             DamagedError: When a file is missing, cut short or altered.
             CheckpointError: When there is no checkpoint.
         """
+        # Imported where it is used: torch.distributed.checkpoint takes most of a second, which no start need wait for.
+        from megaseq.checkpoint.storage import read_metadata
+
         self.path = find_checkpoint(path)
         self.manifest: Manifest = read_manifest(self.path)
         for name in (METADATA, STATE):
@@ -94,6 +95,12 @@ class OpenCheckpoint:
         """Verifies, then copies values into `tensors`; names, shapes and types must be those of `entries`."""
         if not tensors:
             return
+        from torch.distributed.checkpoint.api import CheckpointException
+        from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+        from torch.distributed.checkpoint.state_dict_loader import load as distributed_load
+
+        from megaseq.checkpoint.storage import SafetensorsReader
+
         self.verify(tensors)
         try:
             distributed_load(

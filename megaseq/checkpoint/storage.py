@@ -42,7 +42,7 @@ from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, W
 from torch.futures import Future
 
 from megaseq.base.errors import CheckpointError
-from megaseq.checkpoint.manifest import is_safe_name
+from megaseq.checkpoint.manifest import METADATA, is_safe_name
 from megaseq.checkpoint.safetensors_file import (
     DTYPE_NAMES,
     DTYPES,
@@ -52,7 +52,6 @@ from megaseq.checkpoint.safetensors_file import (
     write_file,
 )
 
-METADATA = "tensors.json"
 _PLAIN = re.compile(r"[A-Za-z0-9_-]+")
 
 

@@ -63,6 +63,14 @@ class WarmStartReport:
     unused: tuple[str, ...]
     """Tensors of the checkpoint that were not asked for."""
 
+    def summary(self) -> str:
+        """Returns one line: the counts, and the first parameters that keep their initial values."""
+        kept = f" ({', '.join(self.kept[:3])}{', ...' if len(self.kept) > 3 else ''})" if self.kept else ""
+        return (
+            f"{self.path}: {len(self.loaded)} parameters loaded, {len(self.kept)} keep their initial values{kept}, "
+            f"{len(self.unused)} of the checkpoint not used"
+        )
+
     def __str__(self) -> str:
         """A line of counts, and one for each parameter that was loaded under another name or kept."""
         lines = [f"{self.path}: {len(self.loaded)} loaded, {len(self.kept)} kept, {len(self.unused)} unused"]

@@ -9,18 +9,17 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
-from torch.distributed.checkpoint.state_dict_saver import save as distributed_save
 
 from megaseq.base.errors import CheckpointError
 from megaseq.checkpoint import directory as directories
-from megaseq.checkpoint.manifest import MANIFEST, Manifest, is_safe_name
+from megaseq.checkpoint.manifest import MANIFEST, METADATA, Manifest, is_safe_name
 from megaseq.checkpoint.safetensors_file import FileDigest, write_file
-from megaseq.checkpoint.storage import METADATA, SafetensorsWriter
+
+if TYPE_CHECKING:
+    from torch.distributed.checkpoint.api import CheckpointException
 
 STATE = "state.json"
 FILES = "files"
@@ -93,6 +92,13 @@ def _write(temporary: Path, *, content: Content, check_finite: bool) -> None:
 
 
 def _write_tensors(temporary: Path, *, tensors: Mapping[str, Tensor], check_finite: bool) -> dict[str, FileDigest]:
+    # Imported where it is used: torch.distributed.checkpoint takes most of a second, which no start need wait for.
+    from torch.distributed.checkpoint.api import CheckpointException
+    from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+    from torch.distributed.checkpoint.state_dict_saver import save as distributed_save
+
+    from megaseq.checkpoint.storage import SafetensorsWriter
+
     writer = SafetensorsWriter(temporary, check_finite=check_finite)
     try:
         distributed_save(
@@ -148,4 +154,4 @@ class WriterThread:
             raise error
 
 
-__all__ = ["FILES", "METADATA", "STATE", "Content", "WriterThread", "encode_state", "first_failure", "write_checkpoint"]
+__all__ = ["FILES", "STATE", "Content", "WriterThread", "encode_state", "first_failure", "write_checkpoint"]

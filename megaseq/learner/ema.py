@@ -44,6 +44,12 @@ class MovingAverage(Configurable):
         """The averages by parameter name; the tensors themselves, not copies."""
         return dict(zip(self._names, self._averages, strict=True))
 
+    @torch.no_grad()
+    def restart(self) -> None:
+        """Sets the averages to the parameters as they are now."""
+        for average, parameter in zip(self._averages, self._parameters, strict=True):
+            average.copy_(parameter)
+
     def decay(self, num_updates: int) -> float:
         """Returns the decay of the update before which `num_updates` were applied."""
         if not self.params.warm_up:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from megaseq.base import NestedMap
+from megaseq.checkpoint import WarmStart, WarmStartReport
 from megaseq.layers.base import bind, initialize
 from megaseq.learner import Learner
 from megaseq.tasks.base import BaseTask, LossOutput
@@ -124,10 +125,23 @@ class Engine:
 
     def state_tensors(self) -> dict[str, Tensor]:
         """Returns all tensors that a checkpoint keeps, by logical name: fp32 weights and the learner's state."""
-        weights = named_state(self.task) | {
-            f"task.{name}": master.detach() for name, master in self._weights.masters.items()
-        }
-        return weights | self.learner.state_tensors()
+        return self._weights_by_name() | self.learner.state_tensors()
+
+    def _weights_by_name(self) -> dict[str, Tensor]:
+        masters = {f"task.{name}": master.detach() for name, master in self._weights.masters.items()}
+        return named_state(self.task) | masters
+
+    def warm_start(self, source: WarmStart) -> WarmStartReport:
+        """Begins with the parameters of another run; moving averages begin with the loaded values.
+
+        Raises:
+            CheckpointError: the other checkpoint does not hold what is asked for.
+        """
+        report = source.load(self._weights_by_name())
+        if self.learner.ema is not None:
+            self.learner.ema.restart()
+        self._weights.publish()
+        return report
 
     def load_state(self, tensors: Mapping[str, Tensor], *, learner_state: Mapping[str, Any]) -> None:
         """Takes back what `state_tensors` and the learner's `state` gave."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from megaseq.base import REQUIRED, Configurable, registry
-from megaseq.checkpoint import Checkpointer
+from collections.abc import Iterator
+
+from megaseq.base import REQUIRED, Configurable, Problem, registry
+from megaseq.checkpoint import Checkpointer, WarmStart
 from megaseq.data.input import Input
 from megaseq.data.vocabulary import Vocabulary
 from megaseq.learner import Learner
@@ -28,6 +30,8 @@ class Run(Configurable):
         """What is trained on."""
         eval_inputs: dict[str, Input.Params] = {}
         """What is evaluated and decoded, by name."""
+        init_from: WarmStart.Params | None = None
+        """Checkpoint whose parameters a new run begins with; None: all from the seed. A resumed run does not read it."""
         learner: Learner.Params = Learner.Params()
         """Optimizer, schedule, clipping, moving average."""
         train: Program.Params = REQUIRED
@@ -36,6 +40,28 @@ class Run(Configurable):
         """When to save and what to keep."""
         tracking: Tracking.Params = Tracking.Params()
         """Where figures go."""
+
+        def validate(self) -> Iterator[Problem | str]:
+            """Reports names of evaluation inputs that do not exist."""
+            yield from super().validate()
+            known = ", ".join(self.eval_inputs) or "none"
+            for field, names in (
+                ("eval_names", self.train.eval_names),
+                ("decode_names", self.train.decode_names),
+            ):
+                for name in names:
+                    if name not in self.eval_inputs:
+                        yield f"train.{field}: must be among {known} of eval_inputs, but has {name!r}. Choose of them."
+            for field, metric in (
+                ("train.early_stop.metric", self.train.early_stop.metric),
+                ("checkpoint.best_metric", self.checkpoint.best_metric),
+            ):
+                kind, _, rest = (metric or "").partition("/")
+                if metric and (kind not in ("eval", "decode") or rest.partition("/")[0] not in self.eval_inputs):
+                    yield (
+                        f"{field}: must be eval/NAME/FIGURE or decode/NAME/SCORE with a NAME among {known}, but is "
+                        f"{metric!r}. An example is eval/NAME/loss."
+                    )
 
     params: Params
 
@@ -69,6 +95,10 @@ class Experiment:
         """What is evaluated and decoded, by name."""
         return {}
 
+    def init_from(self) -> WarmStart.Params | None:
+        """The checkpoint whose parameters a new run begins with."""
+        return None
+
     def learner(self) -> Learner.Params:
         """Optimizer, schedule, clipping, moving average."""
         return Learner.Params()
@@ -98,6 +128,7 @@ class Experiment:
             task=self.task(),
             train_input=self.train_input(),
             eval_inputs=self.eval_inputs(),
+            init_from=self.init_from(),
             learner=self.learner(),
             train=self.train(),
             checkpoint=self.checkpoint(),

@@ -6,19 +6,26 @@ RUN/metrics.jsonl               all figures
 RUN/checkpoints/step_00001000/  weights, optimizer state, position in the data; also params and tokenizers
 RUN/decodes/step_00001000/      hypotheses, references and scores
 RUN/status.json                 how far the trainer is, and whether it has finished
+RUN/trainer.lock                held by the process that trains
 """
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import os
+import socket
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from megaseq.base import params_from_yaml
 from megaseq.base.errors import AsText, TrainingError, must
 from megaseq.train.experiment import Run
+
+
+LOCK = "trainer.lock"
 
 
 def write_atomically(path: Path, data: str | bytes) -> None:
@@ -34,6 +41,7 @@ class RunDirectory:
 
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
+        self._lock: IO[str] | None = None
 
     @property
     def params_yaml(self) -> Path:
@@ -79,13 +87,10 @@ class RunDirectory:
         """Makes the directory ready for `params`; returns the lines in which they differ from the run's own so far.
 
         Raises:
-            TrainingError: the directory holds something else, another experiment's run, or this
-                one's with other params and `allow_changed_params` is off.
+            TrainingError: the directory holds something else, another experiment's run, this one's with other params
+                and `allow_changed_params` is off, or a process trains in it; or it cannot be written.
         """
-        changes: list[str] = []
-        if self.params_yaml.is_file():
-            changes = self._changes(params, allowed=allow_changed_params)
-        elif self.path.is_dir() and any(self.path.iterdir()):
+        if not self.params_yaml.is_file() and self.path.is_dir() and any(p.name != LOCK for p in self.path.iterdir()):
             raise must(
                 f"--run-dir {self.path}",
                 "be a run directory, empty or new",
@@ -93,10 +98,60 @@ class RunDirectory:
                 "Choose another directory",
                 kind=TrainingError,
             )
-        self.path.mkdir(parents=True, exist_ok=True)
-        write_atomically(self.path / "params.txt", params.to_text(origins=True))
-        write_atomically(self.params_yaml, params.to_yaml())
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self.lock()
+            changes = self._changes(params, allowed=allow_changed_params) if self.params_yaml.is_file() else []
+            write_atomically(self.path / "params.txt", params.to_text(origins=True))
+            write_atomically(self.params_yaml, params.to_yaml())
+        except OSError as error:
+            self.unlock()
+            reason = error.strerror or str(error)
+            raise must(
+                f"--run-dir {self.path}",
+                "be a directory that can be written",
+                AsText(reason),
+                "Choose another",
+                kind=TrainingError,
+            ) from None
+        except BaseException:
+            self.unlock()
+            raise
         return changes
+
+    def lock(self) -> None:
+        """Makes this process the only one that trains here, until `unlock` or its end, however it ends.
+
+        Raises:
+            TrainingError: another process trains here.
+        """
+        file = (self.path / LOCK).open("a+", encoding="utf-8")
+        try:
+            # Not flock(): worker processes would inherit that, and hold it on for a while after a kill of the trainer.
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            file.seek(0)
+            holder = file.read().strip() or "another process"
+            file.close()
+            if error.errno not in (errno.EAGAIN, errno.EACCES):
+                return  # A file system without locks: nothing is known then, and nothing is refused.
+            raise must(
+                f"--run-dir {self.path}",
+                "be trained in by one process at a time",
+                AsText(f"in use by {holder}"),
+                "Stop that one first, or choose another directory",
+                kind=TrainingError,
+            ) from None
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        file.flush()
+        self._lock = file
+
+    def unlock(self) -> None:
+        """Lets other processes train here."""
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
 
     def _changes(self, params: Run.Params, *, allowed: bool) -> list[str]:
         before = self.read_params()
@@ -152,10 +207,3 @@ def read_run_params(text: str, *, filename: str) -> Run.Params:
     return params
 
 
-def vocabulary_files(directory: Path) -> dict[str, bytes]:
-    """Returns the tokenizer files below `directory`, by path relative to its parent, as checkpoints carry them."""
-    return {
-        f"{directory.name}/{path.relative_to(directory).as_posix()}": path.read_bytes()
-        for path in sorted(directory.rglob("*"))
-        if path.is_file() and not path.name.startswith(".")
-    }

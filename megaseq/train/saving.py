@@ -37,6 +37,8 @@ class Position:
     """Figures summed since the last logged line."""
     early_stop: Mapping[str, Any]
     """Best watched figure so far."""
+    pending: Mapping[str, float] | None = None
+    """Figures of an evaluation or decoding after the step that a signal has interrupted; None: nothing is left to do."""
 
 
 class Saver:
@@ -45,6 +47,7 @@ class Saver:
     def __init__(self, params: Run.Params, *, run_dir: RunDirectory, vocabulary: Vocabulary, engine: Engine) -> None:
         self._engine = engine
         self._vocabulary = vocabulary
+        self._last_step = -1
         self._checkpointer: Checkpointer = params.checkpoint.instantiate(directory=run_dir.checkpoints)
         self._files = {PARAMS_FILE: params.to_yaml().encode()} | {
             f"{parts.VOCABULARY}/{name}": data for name, data in vocabulary.save_files().items()
@@ -53,6 +56,10 @@ class Saver:
     def due(self, *, step: int) -> bool:
         """Whether the schedule asks for a checkpoint after `step` steps."""
         return self._checkpointer.should_save(step)
+
+    def saved(self, *, step: int) -> bool:
+        """Whether this process has saved, or restored, the checkpoint of `step`."""
+        return self._last_step == step
 
     def save(self, position: Position, *, metrics: Mapping[str, float], wait: bool = False) -> None:
         """Saves a checkpoint, in the background unless `wait` or the params say otherwise."""
@@ -68,6 +75,7 @@ class Saver:
             metrics=metrics,
             wait=wait,
         )
+        self._last_step = position.step
 
     def wait(self) -> None:
         """Returns when everything saved is on the disk; raises what went wrong."""
@@ -90,8 +98,15 @@ class Saver:
             message(f"{line} Going on from step {restored.step}.")
         state = restored.state
         self._vocabulary.check_fingerprint(str(state.get("vocabulary")), where=str(restored.path))
+        self._last_step = restored.step
         self._engine.load_state(restored.tensors, learner_state=state["learner"])
-        return Position(step=restored.step, data=state["data"], meter=state["meter"], early_stop=state["early_stop"])
+        return Position(
+            step=restored.step,
+            data=state["data"],
+            meter=state["meter"],
+            early_stop=state["early_stop"],
+            pending=state.get("pending"),
+        )
 
 
 @dataclasses.dataclass(frozen=True)

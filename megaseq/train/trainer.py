@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from megaseq.base import NestedMap
@@ -58,6 +58,8 @@ class Trainer:
         self._meter = Meter()
         self._signals = StopSignals()
         self._step = 0
+        self._pending: dict[str, float] | None = None
+        """Not None: what is due after the step was interrupted; the figures that were there already."""
         self._begun = time.monotonic()
 
     def fit(self) -> str:
@@ -75,6 +77,7 @@ class Trainer:
             finally:
                 self.run_dir.write_status(step=self._step, status=status)
                 self._callback.on_finish(status=status)
+                self.run_dir.unlock()
         return status
 
     # ---- building ------------------------------------------------------------------------------------------------
@@ -119,25 +122,42 @@ class Trainer:
 
     def _finish_or_resume(self) -> str:
         position = self._saver.restore(message=self._callback.on_message)
+        loaded = ""
         if position is not None:
             self._take(position)
-        max_steps = self.params.train.max_steps
-        if self._step >= max_steps:
-            self._callback.on_message(
-                f"{self.run_dir.path}: already trained to step {self._step} of train.max_steps={max_steps}. "
-                "Raise train.max_steps to train on, or choose another --run-dir."
-            )
+        elif self.params.init_from is not None:
+            loaded = self.engine.warm_start(self.params.init_from.instantiate()).summary()
+        if self._pending is None and (ended := self._already_ended()):
+            self._callback.on_message(f"{self.run_dir.path}: already trained to step {self._step}: {ended}")
             return "finished"
         self._announce(resumed=position is not None)
-        status = self._train()
+        if loaded:
+            self._callback.on_message(f"begins with {loaded}")
+        if self._pending is not None and self._after_step(reason=self._reason_to_end(), resumed=True):
+            status = "finished"
+        else:
+            status = self._train()
         self._saver.wait()
         return status
+
+    def _already_ended(self) -> str:
+        """Returns why a run that is gone on with has nothing left to do, and what to do about it."""
+        max_steps = self.params.train.max_steps
+        if self._step >= max_steps:
+            return (
+                f"train.max_steps={max_steps}. Raise it, with --allow-changed-params, to train on, or choose "
+                "another --run-dir."
+            )
+        if reason := self._early_stop.reason_to_stop(step=self._step):
+            return f"{reason}. Change train.early_stop, with --allow-changed-params, to train on."
+        return ""
 
     def _take(self, position: Position) -> None:
         self._step = position.step
         self.data.load_state_dict(position.data)
         self._meter.load_state_dict(position.meter)
         self._early_stop.load_state_dict(position.early_stop)
+        self._pending = None if position.pending is None else dict(position.pending)
 
     def _announce(self, *, resumed: bool) -> None:
         p = self.params
@@ -174,25 +194,35 @@ class Trainer:
                     f"step {self._step}: skipped, its gradient norm {result.grad_norm:g} is {result.skipped}"
                 )
             self._callback.on_progress(step=self._step)
-            if self._after_step(learning_rate=result.learning_rate):
-                return "stopped" if self._signals.requested else "finished"
-        # A signal came between two steps, or while the last ones were evaluated.
-        self._save(metrics={})
+            reason = self._reason_to_end()
+            if reason or self._step % self.params.train.log_interval_steps == 0:
+                self._log(learning_rate=result.learning_rate)
+            self._pending = {}
+            if self._after_step(reason=reason):
+                return "finished"
+        if self._pending is not None or not self._saver.saved(step=self._step):
+            self._save(metrics=self._pending or {})
         self._callback.on_message(f"{self._signals.requested}: saved at step {self._step}, the same command goes on")
         return "stopped"
 
-    def _after_step(self, *, learning_rate: float) -> bool:
-        """Logs, evaluates, decodes and saves what is due after the step; returns whether the run has ended."""
+    def _after_step(self, *, reason: str, resumed: bool = False) -> bool:
+        """Evaluates, decodes and saves what is due after the step; returns whether the run has ended.
+
+        A signal leaves the rest of it pending: the checkpoint says so, and the run that goes on from it begins here.
+
+        Args:
+            reason: why this step was the last one; empty if it was not.
+            resumed: whether an earlier process was interrupted here.
+        """
         step = self._step
-        reason = self._reason_to_end()
-        if step % self.params.train.log_interval_steps == 0 or reason:
-            self._log(learning_rate=learning_rate)
-        figures = self._validate(at_end=bool(reason))
-        self._early_stop.observe(figures, step=step)
-        reason = reason or self._early_stop.reason_to_stop(step=step)
+        figures = self._pending = self._validate(at_end=bool(reason), before=self._pending or {})
         if self._signals.requested:
             return False
-        if reason or self._saver.due(step=step):
+        self._early_stop.observe(figures, step=step)
+        reason = reason or self._early_stop.reason_to_stop(step=step)
+        self._pending = None
+        # The checkpoint of a process that was interrupted here still says that this is to be done.
+        if reason or self._saver.due(step=step) or (resumed and figures):
             self._save(metrics=figures)
         if reason:
             self._callback.on_message(f"finished at step {step}: {reason}")
@@ -213,15 +243,18 @@ class Trainer:
         }
         self._callback.on_metrics(figures, step=self._step)
 
-    def _validate(self, *, at_end: bool) -> dict[str, float]:
+    def _validate(self, *, at_end: bool, before: Mapping[str, float]) -> dict[str, float]:
+        """Returns the figures of what is due: those that were there `before`, and the missing ones."""
         p, step = self.params.train, self._step
+        figures = dict(before)
         if not self.params.eval_inputs:
-            return {}
+            return figures
         evaluates = self._program.eval_due(step) or (at_end and p.eval_at_end)
         decodes = self._program.decode_due(step) or (at_end and p.decode_at_end)
+        evaluates = evaluates and not any(name.startswith("eval/") for name in before)
+        decodes = decodes and not any(name.startswith("decode/") for name in before)
         if not (evaluates or decodes):
-            return {}
-        figures: dict[str, float] = {}
+            return figures
         with self.engine.evaluating() as task:
             if evaluates:
                 figures |= self._validation.evaluate(task, step=step)
@@ -237,6 +270,7 @@ class Trainer:
                 data=self.data.state_dict(),
                 meter=self._meter.state_dict(),
                 early_stop=self._early_stop.state_dict(),
+                pending=self._pending,
             ),
             metrics=metrics,
         )

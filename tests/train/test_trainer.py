@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,8 +15,8 @@ from typing import Any
 import pytest
 import torch
 
-from megaseq.base.errors import ParamsError, TrainingError
-from megaseq.checkpoint import Checkpointer, list_steps, load_checkpoint
+from megaseq.base.errors import CheckpointError, ParamsError, TrainingError
+from megaseq.checkpoint import Checkpointer, WarmStart, list_steps, load_checkpoint
 from megaseq.learner import MovingAverage
 from megaseq.train.early_stop import EarlyStop
 from megaseq.train.run_dir import ChangedParamsError, RunDirectory
@@ -107,10 +108,11 @@ def test_stopped_and_resumed_run_is_the_uninterrupted_one(tmp_path: Path, packed
 
 
 def test_sigint_saves_too(tmp_path: Path) -> None:
+    before = signal.getsignal(signal.SIGINT)
     recorder = Recorder(signal_at=2, number=signal.SIGINT)
     assert Trainer(run_params(tmp_path), run_dir=tmp_path / "run", callbacks=[recorder]).fit() == "stopped"
     assert list_steps(tmp_path / "run" / "checkpoints") == [2]
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_run_at_max_steps_says_so(tmp_path: Path) -> None:
@@ -119,8 +121,118 @@ def test_run_at_max_steps_says_so(tmp_path: Path) -> None:
     before = (tmp_path / "run" / "metrics.jsonl").read_text()
     recorder = Recorder()
     assert Trainer(params, run_dir=tmp_path / "run", callbacks=[recorder]).fit() == "finished"
-    assert "already trained to step 4 of train.max_steps=4. Raise train.max_steps" in recorder.messages[0]
+    assert "already trained to step 4: train.max_steps=4. Raise it, with --allow-changed-params" in recorder.messages[0]
     assert (tmp_path / "run" / "metrics.jsonl").read_text() == before
+
+
+class SignalWhen(Recorder):
+    """Raises SIGTERM when a figure of that name, or a sample, comes."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self._name = name
+
+    def on_metrics(self, metrics: Mapping[str, float], *, step: int) -> None:
+        if self._name in metrics and step == 8:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def on_samples(self, samples: Any, *, step: int, name: str) -> None:
+        super().on_samples(samples, step=step, name=name)
+        if self._name == "samples":
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+@pytest.mark.parametrize("when", ["train/loss", "eval/valid/loss", "samples", "decode/valid/bleu"])
+@pytest.mark.parametrize("max_steps", [8, 9])
+def test_evaluation_that_a_signal_interrupts_is_done_after_the_restart(
+    tmp_path: Path, when: str, max_steps: int
+) -> None:
+    params = run_params(tmp_path, max_steps=max_steps)
+    params.train.decode_interval_steps = 8
+    params.train.early_stop = EarlyStop.Params(metric="eval/valid/loss", window_steps=100)
+    Trainer(params, run_dir=tmp_path / "whole").fit()
+    interrupted = SignalWhen(when)
+    assert Trainer(params, run_dir=tmp_path / "parts", callbacks=[interrupted]).fit() == "stopped"
+    assert interrupted.messages[-1] == "SIGTERM: saved at step 8, the same command goes on"
+    assert Trainer(params, run_dir=tmp_path / "parts").fit() == "finished"
+
+    def figures(name: str) -> list[tuple[int, tuple[str, ...]]]:
+        return [(r["step"], tuple(r)) for r in read_metrics(tmp_path / name / "metrics.jsonl")]
+
+    assert figures("parts") == figures("whole")
+    assert (tmp_path / "parts/decodes/step_00000008/valid.scores.json").is_file()
+    whole, parts = (load_checkpoint(tmp_path / name / "checkpoints" / "step_00000008") for name in ("whole", "parts"))
+    assert whole.metrics == parts.metrics and set(parts.metrics) > {"eval/valid/loss", "decode/valid/bleu"}
+    assert whole.state["early_stop"] == parts.state["early_stop"] and parts.state["pending"] is None
+    recorder = Recorder()
+    Trainer(params, run_dir=tmp_path / "parts", callbacks=[recorder]).fit()
+    assert "already trained" in recorder.messages[0]
+
+
+def test_run_that_stopped_early_stays_stopped(tmp_path: Path) -> None:
+    params = run_params(tmp_path, max_steps=50, learning_rate=0.0)
+    params.train.eval_interval_steps = 2
+    params.train.early_stop = EarlyStop.Params(metric="eval/valid/loss", window_steps=4)
+    Trainer(params, run_dir=tmp_path / "run").fit()
+    recorder = Recorder()
+    assert Trainer(params, run_dir=tmp_path / "run", callbacks=[recorder]).fit() == "finished"
+    assert "already trained to step 6: eval/valid/loss has not improved on" in recorder.messages[0]
+
+
+def test_second_trainer_in_the_directory_is_refused(tmp_path: Path) -> None:
+    params = run_params(tmp_path, max_steps=2)
+    (tmp_path / "run").mkdir()
+    hold = (
+        "import sys\nfrom megaseq.train.run_dir import RunDirectory\n"
+        "run_dir = RunDirectory(sys.argv[1])\nrun_dir.lock()\nprint('held', flush=True)\ninput()\n"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", hold, str(tmp_path / "run")], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as holder:
+        assert holder.stdout is not None and holder.stdout.readline() == "held\n"
+        with pytest.raises(TrainingError, match=rf"one process at a time, but is in use by process {holder.pid} on"):
+            Trainer(params, run_dir=tmp_path / "run")
+        assert not (tmp_path / "run" / "params.yaml").exists()
+        holder.kill()
+    assert Trainer(params, run_dir=tmp_path / "run").fit() == "finished"
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_run_begins_with_the_parameters_of_another(tmp_path: Path, precision: str) -> None:
+    params = run_params(tmp_path, max_steps=4, ema=MovingAverage.Params(decay=0.5))
+    Trainer(params, run_dir=tmp_path / "other").fit()
+    other = load_checkpoint(tmp_path / "other").tensors
+    params.init_from = WarmStart.Params(path=str(tmp_path / "other"))
+    params.train.max_steps, params.train.precision, params.learner.learning_rate = 2, precision, 0.0
+    recorder = Recorder(signal_at=1)
+    Trainer(params, run_dir=tmp_path / "run", callbacks=[recorder]).fit()
+    (line,) = [message for message in recorder.messages if message.startswith("begins with")]
+    assert "step_00000004" in line and "0 keep their initial values" in line and "\n" not in line
+    shutil.rmtree(tmp_path / "other")  # Only a run that begins reads it.
+    assert Trainer(params, run_dir=tmp_path / "run").fit() == "finished"
+    own = load_checkpoint(tmp_path / "run").tensors
+    for name, tensor in other.items():
+        if name.startswith("ema."):
+            assert torch.equal(own[name.removeprefix("ema.")], tensor), name
+            assert torch.allclose(own[name], tensor), name
+
+
+def test_missing_checkpoint_to_begin_with(tmp_path: Path) -> None:
+    params = run_params(tmp_path)
+    params.init_from = WarmStart.Params(path=str(tmp_path / "nothing"))
+    with pytest.raises(CheckpointError, match="nothing"):
+        Trainer(params, run_dir=tmp_path / "run").fit()
+
+
+def test_figures_that_nothing_gives_are_problems(tmp_path: Path) -> None:
+    params = run_params(tmp_path)
+    params.train.decode_names = ("vaild",)
+    params.train.early_stop = EarlyStop.Params(metric="eval/test/loss", window_steps=2)
+    params.checkpoint.best_metric = "bleu"
+    text = "\n".join(map(str, params.check()))
+    assert "train.decode_names: must be among valid" in text
+    assert "train.early_stop.metric: must be eval/NAME/FIGURE" in text and "'eval/test/loss'" in text
+    assert "checkpoint.best_metric: must be" in text
 
 
 def test_changed_params_are_refused_unless_allowed(tmp_path: Path) -> None:
