@@ -16,6 +16,9 @@ pytest.importorskip("setuptools", reason="the build requirements are not install
 
 ROOT = Path(__file__).resolve().parents[1]
 PROBE = """
+import sys
+# An editable installation in the tests' environment would give its own extension to the package under test.
+sys.meta_path[:] = [finder for finder in sys.meta_path if "__editable__" not in getattr(finder, "__module__", "")]
 import numpy as np
 from megaseq.base import native
 from megaseq.data.packing import pack_rows
