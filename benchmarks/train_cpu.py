@@ -30,6 +30,7 @@ MODEL_DIM, HIDDEN_DIM, NUM_HEADS, NUM_LAYERS, DROPOUT = 256, 1024, 4, 3, 0.1
 VOCAB_SIZE, LABEL_SMOOTHING, LEARNING_RATE, CLIP_NORM = 8000, 0.1, 1e-3, 1.0
 WARM_UP_STEPS = 4
 MAX_LENGTH = 128
+ROW_LENGTH = 512
 
 
 def main() -> None:
@@ -192,7 +193,7 @@ def train_megaseq(arguments: argparse.Namespace) -> dict[str, float]:
         **sides,
     )
     source = ParallelText.Params(**json.loads((arguments.work / "source.json").read_text()))
-    row = MAX_LENGTH
+    row = min(ROW_LENGTH, arguments.tokens)
     params = Run.Params(
         name="benchmark",
         vocabulary=vocabulary_params(),

@@ -132,8 +132,6 @@ def _run(
         scaled = rows[part] * settings.scale if settings.scale != 1.0 else rows[part]
         _chunk(
             scaled,
-            weight=weight,
-            bias=bias,
             labels=labels[part],
             weights=weights[part].to(precise),
             buffers=(logits[:size], probabilities[:size]),
@@ -148,11 +146,11 @@ def _run(
 
 
 class _Uniform:
-    """The part of the smoothed target that is the same for all classes, kept as sums over classes and over tokens."""
+    """The head, and the part of the smoothed target that is the same for all classes as sums over classes and tokens."""
 
     def __init__(self, *, weight: Tensor, bias: Tensor | None, settings: CrossEntropy) -> None:
         precise = torch.promote_types(weight.dtype, torch.float32)
-        self.settings = settings
+        self.weight, self.bias, self.settings = weight, bias, settings
         self.share = settings.label_smoothing / weight.shape[0]
         # With a soft cap the sum of the logits is not linear in the hidden state; the chunk then does it in full.
         self.linear = self.share > 0 and settings.soft_cap is None
@@ -186,8 +184,6 @@ class _Uniform:
 def _chunk(
     rows: Tensor,
     *,
-    weight: Tensor,
-    bias: Tensor | None,
     labels: Tensor,
     weights: Tensor,
     buffers: tuple[Tensor, Tensor],
@@ -196,7 +192,7 @@ def _chunk(
     place: slice,
 ) -> None:
     """One chunk: adds its share to `sums`. `rows` [n, D] are already scaled; `buffers` are two of [n, V]."""
-    settings = uniform.settings
+    settings, weight, bias = uniform.settings, uniform.weight, uniform.bias
     logits, probabilities = buffers
     if bias is None:
         torch.mm(rows, weight.t(), out=logits)
