@@ -146,7 +146,7 @@ def _run(
 
 
 class _Uniform:
-    """The head, and the part of the smoothed target that is the same for all classes as sums over classes and tokens."""
+    """The head, and the uniform part of the smoothed target as sums over classes and over tokens."""
 
     def __init__(self, *, weight: Tensor, bias: Tensor | None, settings: CrossEntropy) -> None:
         precise = torch.promote_types(weight.dtype, torch.float32)
