@@ -16,7 +16,7 @@ import pytest
 from megaseq.train.tracking import RunFacts, Sample, Tracking
 from megaseq.train.tracking.git import git_state
 from megaseq.train.tracking.jsonl import JsonlWriter, read_metrics
-from megaseq.train.tracking.progress import BarProgress, PlainProgress, duration_text, metrics_text
+from megaseq.train.tracking.progress import BarProgress, PlainProgress, duration_text, metrics_lines
 from megaseq.train.tracking.wandb import WandbWriter, stored_run_id
 
 SAMPLES = [Sample(source="ab", output="b", reference="ba")]
@@ -164,7 +164,7 @@ def test_plain_lines(tmp_path: Path) -> None:
     plain.on_samples(SAMPLES, step=20, name="valid")
     lines = stream.getvalue().splitlines()
     assert lines[0].startswith("step 20/100  loss 1.2500  12,346 tokens/s  padding 5.0%  left ")
-    assert lines[1] == "step 20/100  eval/valid/loss 1.5"
+    assert lines[1] == "step 20/100  eval/valid:  loss 1.5"
     assert lines[2:] == ["valid at step 20:", "  source     ab", "  output     b", "  reference  ba"]
 
 
@@ -192,7 +192,9 @@ def test_progress_by_params(tmp_path: Path, progress: Any, kind: type) -> None:
 
 def test_texts() -> None:
     assert [duration_text(s) for s in (5, 65, 3661)] == ["0:05", "1:05", "1:01:01"]
-    assert metrics_text({"train/loss": 1.0, "train/steps_per_second": 2.0}) == "loss 1.0000"
+    assert metrics_lines({"train/loss": 1.0, "train/steps_per_second": 2.0}) == ["loss 1.0000"]
+    figures = {"eval/a/loss": 1.23456, "eval/a/tokens": 16180.0, "eval/b/loss": 2.0}
+    assert metrics_lines(figures) == ["eval/a:  loss 1.235  tokens 16,180", "eval/b:  loss 2"]
 
 
 def test_git_state_outside_a_checkout_is_empty(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -20,8 +20,8 @@ def duration_text(seconds: float) -> str:
     return f"{hours}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"
 
 
-def metrics_text(metrics: Mapping[str, float]) -> str:
-    """Returns one short line: the figures that a person watches, in a fixed order."""
+def metrics_lines(metrics: Mapping[str, float]) -> list[str]:
+    """Returns short lines: one of the training figures that a person watches, or one for each evaluation input."""
     short = (
         ("train/loss", "loss {:.4f}"),
         ("train/learning_rate", "lr {:.2e}"),
@@ -30,8 +30,13 @@ def metrics_text(metrics: Mapping[str, float]) -> str:
         ("train/padding_fraction", "padding {:.1%}"),
     )
     if any(key in metrics for key, _ in short):
-        return "  ".join(text.format(metrics[key]) for key, text in short if key in metrics)
-    return "  ".join(f"{key} {value:.4g}" for key, value in metrics.items())
+        return ["  ".join(text.format(metrics[key]) for key, text in short if key in metrics)]
+    lines: dict[str, list[str]] = {}
+    for key, value in metrics.items():
+        name, _, figure = key.rpartition("/")
+        shown = f"{value:,.0f}" if value.is_integer() and abs(value) >= 1000 else f"{value:.4g}"
+        lines.setdefault(name, []).append(f"{figure} {shown}")
+    return [f"{name}:  {'  '.join(figures)}" if name else "  ".join(figures) for name, figures in lines.items()]
 
 
 class PlainProgress(Callback):
@@ -48,11 +53,12 @@ class PlainProgress(Callback):
         self._start, self._first_step, self._max_steps = time.monotonic(), facts.first_step, facts.max_steps
 
     def on_metrics(self, metrics: Mapping[str, float], *, step: int) -> None:
-        line = f"step {step}/{self._max_steps}  {metrics_text(metrics)}"
+        left = ""
         if "train/loss" in metrics and step > self._first_step:
             elapsed = time.monotonic() - self._start
-            line += f"  left {duration_text(elapsed / (step - self._first_step) * (self._max_steps - step))}"
-        self._print(line)
+            left = f"  left {duration_text(elapsed / (step - self._first_step) * (self._max_steps - step))}"
+        for line in metrics_lines(metrics):
+            self._print(f"step {step}/{self._max_steps}  {line}{left}")
 
     def on_samples(self, samples: Sequence[Sample], *, step: int, name: str) -> None:
         self._print(samples_text(samples, name=name, step=step))
@@ -129,7 +135,8 @@ class BarProgress(Callback):
             figures = f"loss {metrics['train/loss']:.3f}  {metrics.get('train/tokens_per_second', 0):,.0f} tokens/s"
             self._progress.update(self._bar, completed=step, figures=figures)
         else:
-            self._say(f"step {step}  {metrics_text(metrics)}")
+            for line in metrics_lines(metrics):
+                self._say(f"step {step}  {line}")
 
     def on_samples(self, samples: Sequence[Sample], *, step: int, name: str) -> None:
         self._say(samples_text(samples, name=name, step=step))
