@@ -15,7 +15,7 @@ from torch import Tensor
 
 from megaseq.base.errors import CheckpointError
 from megaseq.checkpoint import directory as directories
-from megaseq.checkpoint.manifest import MANIFEST, METADATA, Manifest, is_safe_name
+from megaseq.checkpoint.manifest import MANIFEST, Manifest, is_safe_name
 from megaseq.checkpoint.safetensors_file import FileDigest, write_file
 
 if TYPE_CHECKING:

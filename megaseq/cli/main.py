@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -44,12 +45,22 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return arguments
 
 
+def _show_log() -> None:
+    """Shows on stderr what the package logs: warnings, and how long work on the data takes."""
+    logger = logging.getLogger("megaseq")
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    logger.handlers[:] = [handler]  # Not added: main() may be called again, with another stderr.
+    logging.getLogger("megaseq.data").setLevel(logging.INFO)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line `argv`, by default that of the process; returns the exit code.
 
     0: done, or stopped by a signal after saving. 2: a mistake of the user's, named in one line on stderr.
     """
     arguments = parse(argv)
+    _show_log()
     try:
         return int(arguments.run(arguments) or 0)
     except MegaseqError as error:

@@ -62,8 +62,8 @@ class Input(Configurable):
         """Where the pairs come from."""
         batching: Batching.Params = Packing.Params()
         """How they are put together in batches."""
-        seed: int = 1
-        """Of the order of examples, and of segmentations that are drawn."""
+        seed: int | None = None
+        """Of the order of examples, and of segmentations that are drawn; None: the seed of the run."""
         max_source_length: int = 256
         """Longest source in tokens, eos included."""
         max_target_length: int = 256
@@ -118,6 +118,7 @@ class Input(Configurable):
             found = f"rank {data_rank} of {data_ranks}"
             raise data_error("Input", "have a data_rank below data_ranks", found, "Check the launcher's settings")
         self.vocabulary = vocabulary
+        self._seed = 1 if p.seed is None else p.seed
         self.data_rank, self.data_ranks = data_rank, data_ranks
         limits = Limits(p.max_source_length, p.max_target_length, p.too_long == "truncate", p.empty == "keep")
         parts = components(p.source)
@@ -132,7 +133,7 @@ class Input(Configurable):
         names, sizes = self._training.names, self._training.sizes
         mixture = p.source.instantiate()
         draws = mixture.draws(sizes) if isinstance(mixture, Mixture) else sizes
-        self._order = ExampleOrder(seed=p.seed, names=names, sizes=sizes, draws=draws)
+        self._order = ExampleOrder(seed=self._seed, names=names, sizes=sizes, draws=draws)
         tokenizers = (vocabulary.source, vocabulary.target)
         self._samples = p.sample_segmentations and any(tokenizer.samples for tokenizer in tokenizers)
         self._window_size = self._choose_window()
@@ -255,19 +256,18 @@ class Input(Configurable):
 
     def _load(self, epoch: int, *, index: int) -> _Loaded:
         """Brings one window into memory and plans its batches."""
-        p = self.params
         start, stop = window_range(size=self._order.size, window=self._window_size, index=index)
         sources, ranks = self._order.examples(epoch=epoch, start=start, stop=stop)
         numbers = self._training.numbers(sources, ranks=ranks)
         seed = None
         if self._samples:
-            text = f"megaseq.segmentations/{p.seed}/{epoch}/{index}"
+            text = f"megaseq.segmentations/{self._seed}/{epoch}/{index}"
             seed = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=4).digest())
         window = self._training.window(numbers, sample_seed=seed)
         if seed is not None:
             window = self._back_to_best(window)
         plan = self._batching.plan(
-            seed=p.seed,
+            seed=self._seed,
             epoch=epoch,
             window=index,
             source_lengths=window.source.lengths + 1,

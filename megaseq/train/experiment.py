@@ -21,7 +21,7 @@ class Run(Configurable):
         name: str = REQUIRED
         """Registered name of the experiment."""
         seed: int = 1
-        """Seeds initial weights, dropout, sampling and, where an input sets none of its own, the order of examples."""
+        """Seeds initial weights, dropout and, where the training input sets no seed, the order of examples."""
         vocabulary: Vocabulary.Params = REQUIRED
         """The tokenizers of source and target."""
         task: BaseTask.Params = REQUIRED
@@ -31,7 +31,7 @@ class Run(Configurable):
         eval_inputs: dict[str, Input.Params] = {}
         """What is evaluated and decoded, by name."""
         init_from: WarmStart.Params | None = None
-        """Checkpoint whose parameters a new run begins with; None: all from the seed. A resumed run does not read it."""
+        """Checkpoint whose parameters a new run begins with; a resumed run does not read it."""
         learner: Learner.Params = Learner.Params()
         """Optimizer, schedule, clipping, moving average."""
         train: Program.Params = REQUIRED
@@ -116,7 +116,7 @@ class Experiment:
         return Tracking.Params()
 
     def seed(self) -> int:
-        """Seeds initial weights, dropout and sampling."""
+        """Seeds initial weights, dropout and, where the training input sets no seed, the order of examples."""
         return 1
 
     def params(self) -> Run.Params:

@@ -79,7 +79,9 @@ def task_params(params: Run.Params, *, vocabulary: Vocabulary) -> BaseTask.Param
 
 def train_input(params: Run.Params, *, vocabulary: Vocabulary, cache: Path) -> Input:
     """Returns the training input; it shuffles by the run's seed unless it has its own."""
-    made: Input = params.train_input.instantiate(vocabulary=vocabulary, cache_dir=cache)
+    own = params.train_input
+    own = own.replace(seed=params.seed) if own.seed is None else own
+    made: Input = own.instantiate(vocabulary=vocabulary, cache_dir=cache)
     return made
 
 

@@ -24,7 +24,6 @@ from megaseq.base import params_from_yaml
 from megaseq.base.errors import AsText, TrainingError, must
 from megaseq.train.experiment import Run
 
-
 LOCK = "trainer.lock"
 
 

@@ -38,7 +38,7 @@ class Position:
     early_stop: Mapping[str, Any]
     """Best watched figure so far."""
     pending: Mapping[str, float] | None = None
-    """Figures of an evaluation or decoding after the step that a signal has interrupted; None: nothing is left to do."""
+    """Not None: a signal interrupted the evaluation or decoding after the step; what figures there were."""
 
 
 class Saver:

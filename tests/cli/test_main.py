@@ -98,7 +98,7 @@ def test_unknown_arguments_are_refused(stray: str, capsys: pytest.CaptureFixture
 
 def test_train_again_says_that_it_is_done(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train", "quickstart.Numbers", "train.max_steps=3", "--run-dir", str(run), *TINY]) == 0
-    assert "already trained to step 3 of train.max_steps=3" in capsys.readouterr().err
+    assert "already trained to step 3: train.max_steps=3" in capsys.readouterr().err
 
 
 def test_eval_prints_what_training_logged(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

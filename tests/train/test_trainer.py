@@ -224,6 +224,16 @@ def test_missing_checkpoint_to_begin_with(tmp_path: Path) -> None:
         Trainer(params, run_dir=tmp_path / "run").fit()
 
 
+def test_seed_of_the_run_orders_the_examples(tmp_path: Path) -> None:
+    params = run_params(tmp_path, max_steps=1)
+    states = []
+    for name, seed, own in (("a", 1, None), ("b", 2, None), ("c", 2, 1)):
+        params.seed, params.train_input.seed = seed, own
+        Trainer(params, run_dir=tmp_path / name).fit()
+        states.append(load_checkpoint(tmp_path / name).state["data"])
+    assert states[0] != states[1] and states[0] == states[2]
+
+
 def test_figures_that_nothing_gives_are_problems(tmp_path: Path) -> None:
     params = run_params(tmp_path)
     params.train.decode_names = ("vaild",)
