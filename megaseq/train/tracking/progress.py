@@ -90,6 +90,10 @@ class SamplesPrinter(Callback):
         print(samples_text(samples, name=name, step=step), file=self._stream)
 
 
+_FIGURES_WIDTH = len("/  loss 12.345  12,345 tokens/s left 12:34:56   ")
+"""Characters of the bar's line beside name, steps and the bar itself."""
+
+
 class BarProgress(Callback):
     """A rich progress bar with loss, tokens/s and the time left; other lines scroll above it."""
 
@@ -104,19 +108,20 @@ class BarProgress(Callback):
             MofNCompleteColumn,
             Progress,
             TextColumn,
-            TimeElapsedColumn,
             TimeRemainingColumn,
         )
 
+        console = Console(stderr=True)
+        # What the figures leave of the line: a bar that grows by itself would push them out of a narrow terminal.
+        others = len(facts.name) + 2 * len(str(facts.max_steps)) + _FIGURES_WIDTH
         self._progress = Progress(
             TextColumn("{task.description}"),
-            BarColumn(bar_width=None),
+            BarColumn(bar_width=max(4, min(40, console.width - others))),
             MofNCompleteColumn(),
             TextColumn("{task.fields[figures]}"),
-            TimeElapsedColumn(),
             TextColumn("left"),
             TimeRemainingColumn(),
-            console=Console(stderr=True),
+            console=console,
             refresh_per_second=2,
         )
         self._bar = self._progress.add_task(
