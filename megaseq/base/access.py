@@ -141,7 +141,13 @@ def _below(current: Any, *, keys: list[str], hint: Any, path: str, value: MakeVa
         from megaseq.base import swap
 
         return swap.class_at(value(type, path, None), path=paths.join(path, "cls")).Params()
-    raise must(path, f"have params below it, such as {key}", AsText(f"{shown(current)} ({type(current).__name__})"))
+    found = AsText(f"{shown(current)} ({type(current).__name__})")
+    classes = [kind for kind in typing.get_args(hint) if isinstance(kind, type) and issubclass(kind, ParamsBase)]
+    if current is None and classes:
+        owner = classes[0]().cls
+        remedy = f"Set {path}.cls={owner.__module__}.{owner.__qualname__} first"
+        raise must(path, f"have params below it, such as {key}", found, remedy)
+    raise must(path, f"have params below it, such as {key}", found)
 
 
 def _put_item(items: ParamsDict, *, key: str, rest: list[str], value: MakeValue, origin: str) -> None:

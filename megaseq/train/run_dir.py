@@ -1,6 +1,7 @@
 """The layout of a run directory, and the rules for going on in one that exists.
 
 RUN/params.yaml, params.txt     what is run; the text form says where each value was set
+RUN/parameters.txt              the model's parameters with their shapes, and which patterns of the learner match them
 RUN/vocabulary/                 the tokenizers' files
 RUN/metrics.jsonl               all figures
 RUN/checkpoints/step_00001000/  weights, optimizer state, position in the data; also params and tokenizers
@@ -15,6 +16,7 @@ import errno
 import fcntl
 import json
 import os
+import shutil
 import socket
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,6 +24,7 @@ from typing import IO, Any
 
 from megaseq.base import params_from_yaml
 from megaseq.base.errors import AsText, TrainingError, must
+from megaseq.checkpoint import list_steps
 from megaseq.train.experiment import Run
 
 LOCK = "trainer.lock"
@@ -46,6 +49,11 @@ class RunDirectory:
     def params_yaml(self) -> Path:
         """The params, complete, as YAML."""
         return self.path / "params.yaml"
+
+    @property
+    def parameters_txt(self) -> Path:
+        """The model's parameters, and what the learner does with each."""
+        return self.path / "parameters.txt"
 
     @property
     def vocabulary(self) -> Path:
@@ -89,7 +97,8 @@ class RunDirectory:
             TrainingError: the directory holds something else, another experiment's run, this one's with other params
                 and `allow_changed_params` is off, or a process trains in it; or it cannot be written.
         """
-        if not self.params_yaml.is_file() and self.path.is_dir() and any(p.name != LOCK for p in self.path.iterdir()):
+        known = self.params_yaml.is_file()
+        if not known and self.path.is_dir() and any(p.name != LOCK for p in self.path.iterdir()):
             raise must(
                 f"--run-dir {self.path}",
                 "be a run directory, empty or new",
@@ -100,7 +109,12 @@ class RunDirectory:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self.lock()
-            changes = self._changes(params, allowed=allow_changed_params) if self.params_yaml.is_file() else []
+            begun = bool(list_steps(self.checkpoints))
+            changes = self._changes(params, allowed=allow_changed_params or not begun) if known else []
+            if changes and not begun:
+                # Nothing was trained yet, because a file was missing, say: this is the beginning.
+                shutil.rmtree(self.vocabulary, ignore_errors=True)
+                changes = []
             write_atomically(self.path / "params.txt", params.to_text(origins=True))
             write_atomically(self.params_yaml, params.to_yaml())
         except OSError as error:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
+import shutil
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from megaseq.base import NestedMap
+from megaseq.base.errors import MegaseqError
 from megaseq.data.input import Input
 from megaseq.data.vocabulary import Vocabulary
 from megaseq.train import parts
+from megaseq.train.device import device_name, resolve_device
 from megaseq.train.early_stop import EarlyStop
 from megaseq.train.engine import Engine
 from megaseq.train.experiment import Run
@@ -17,7 +22,7 @@ from megaseq.train.meter import Meter
 from megaseq.train.program import Program
 from megaseq.train.run_dir import RunDirectory, write_atomically
 from megaseq.train.saving import Position, Saver
-from megaseq.train.signals import StopSignals
+from megaseq.train.signals import Interrupted, StopSignals
 from megaseq.train.tracking import Callback, Callbacks, RunFacts
 from megaseq.train.tracking.git import git_state
 from megaseq.train.validation import Validation
@@ -43,10 +48,11 @@ class Trainer:
             callbacks: further listeners, after the trackers of the params.
 
         Raises:
-            ParamsError: the params have problems.
+            ParamsError: the params have problems, or ask for a GPU that is not there.
             TrainingError: the directory holds something else.
         """
         parts.check_params(params)
+        self._device = resolve_device(params.train.device)
         self.params = params.copy().freeze()
         self.run_dir = RunDirectory(run_dir)
         self.changes = self.run_dir.prepare(self.params, allow_changed_params=allow_changed_params)
@@ -57,6 +63,8 @@ class Trainer:
         self._early_stop: EarlyStop = self.params.train.early_stop.instantiate()
         self._meter = Meter()
         self._signals = StopSignals()
+        self._in_set_up = True
+        """Whether there is nothing yet that a signal would lose."""
         self._step = 0
         self._pending: dict[str, float] | None = None
         """Not None: what is due after the step was interrupted; the figures that were there already."""
@@ -70,15 +78,37 @@ class Trainer:
         """
         parts.set_up_process(self.params)
         status = "failed"
-        with self._signals:
-            try:
-                self._set_up()
-                status = self._finish_or_resume()
-            finally:
-                self.run_dir.write_status(step=self._step, status=status)
-                self._callback.on_finish(status=status)
-                self.run_dir.unlock()
+        with contextlib.ExitStack() as stack:
+            # Last first. Each is done whatever becomes of the others.
+            stack.enter_context(self._signals)
+            stack.callback(self.run_dir.unlock)
+            stack.callback(lambda: self._callback.on_finish(status=status))
+            stack.push(lambda kind, error, trace: self._write_status(status, failed=kind is not None))
+            status = self._run()
         return status
+
+    def _run(self) -> str:
+        try:
+            self._signals.raises = True
+            self._set_up()
+            return self._finish_or_resume()
+        except (Interrupted, MegaseqError):
+            # A library that calls back into Python may have turned the interruption into an error of its own.
+            if not self._in_set_up or not self._signals.requested:
+                raise
+            self._callback.on_message(f"{self._signals.requested}: nothing to save yet, the same command begins again")
+            return "stopped"
+        finally:
+            self._signals.raises = False
+
+    def _write_status(self, status: str, *, failed: bool) -> None:
+        """Records how the run has ended; where it has failed, that error is told, not one of this file."""
+        try:
+            self.run_dir.write_status(step=self._step, status=status)
+        except OSError as error:
+            if not failed:
+                raise
+            self._callback.on_message(f"{self.run_dir.path}: the status could not be written: {error}")
 
     # ---- building ------------------------------------------------------------------------------------------------
 
@@ -93,7 +123,9 @@ class Trainer:
             seed=p.seed,
             precision=p.train.precision,
             accumulation=p.train.accumulation,
+            device=self._device,
         )
+        write_atomically(self.run_dir.parameters_txt, f"{self.engine.learner.listing()}\n")
         self._saver = Saver(p, run_dir=self.run_dir, vocabulary=self.vocabulary, engine=self.engine)
         self._validation = Validation(
             params=p,
@@ -104,6 +136,10 @@ class Trainer:
             keep_going=lambda: not self._signals.requested,
             to_device=self.engine.to_device,
         )
+        program = p.train
+        if program.eval_at_end or program.eval_interval_steps or program.decode_at_end or program.decode_interval_steps:
+            # A bad line in evaluation data is to be known now and not after the training.
+            self._validation.open()
 
     def _open_vocabulary(self, cache: Path) -> Vocabulary:
         """Restores the vocabulary of the run, or builds it and keeps its files in the run directory."""
@@ -113,9 +149,13 @@ class Trainer:
         vocabulary: Vocabulary = self.params.vocabulary.instantiate(
             learn_from=self.params.train_input.source, cache_dir=cache
         )
-        directory.mkdir(parents=True, exist_ok=True)
+        # Renamed when whole: a signal, or a kill, must not leave a directory with one of two tokenizers.
+        unfinished = directory.with_name(f".{directory.name}.tmp")
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir(parents=True)
         for name, data in vocabulary.save_files().items():
-            write_atomically(directory / name, data)
+            write_atomically(unfinished / name, data)
+        unfinished.rename(directory)
         return vocabulary
 
     # ---- the loop ------------------------------------------------------------------------------------------------
@@ -133,12 +173,18 @@ class Trainer:
         self._announce(resumed=position is not None)
         if loaded:
             self._callback.on_message(f"begins with {loaded}")
+        if self._pending is not None:
+            self._end_set_up()
         if self._pending is not None and self._after_step(reason=self._reason_to_end(), resumed=True):
             status = "finished"
         else:
             status = self._train()
         self._saver.wait()
         return status
+
+    def _end_set_up(self) -> None:
+        """From here on a signal only asks the loop to end: there is something to save."""
+        self._signals.raises = self._in_set_up = False
 
     def _already_ended(self) -> str:
         """Returns why a run that is gone on with has nothing left to do, and what to do about it."""
@@ -174,14 +220,22 @@ class Trainer:
         count = sum(parameter.numel() for parameter in self.engine.task.parameters())
         begin = f"goes on from step {self._step}" if resumed else "begins"
         self._callback.on_message(
-            f"{p.name} {begin} in {self.run_dir.path}: {count / 1e6:.1f} M parameters, {self.engine.precision}, "
+            f"{p.name} {begin} in {self.run_dir.path}: {count / 1e6:.1f} M parameters, {self.engine.precision} "
+            f"on {device_name(self.engine.device)}, "
             f"vocabulary of {self.vocabulary.source.vocab_size}/{self.vocabulary.target.vocab_size} tokens"
         )
+        learner = p.learner
+        if learner.rules or learner.freeze_patterns or learner.train_only_patterns:
+            self._callback.on_message(f"what each pattern of the learner matches: {self.run_dir.parameters_txt}")
         for line in self.changes:
             self._callback.on_message(f"changed: {line}")
 
     def _train(self) -> str:
         batches = iter(self.data)
+        if self._in_set_up:
+            first = next(batches)  # With it the caches are there.
+            batches = itertools.chain([first], batches)
+            self._end_set_up()
         while not self._signals.requested:
             begin = time.perf_counter()
             batch: NestedMap = next(batches)
@@ -237,7 +291,7 @@ class Trainer:
         return ""
 
     def _log(self, *, learning_rate: float) -> None:
-        figures = self._meter.read() | {
+        figures = self._meter.read(device=self.engine.device) | {
             "train/learning_rate": learning_rate,
             "train/skipped_steps": float(self.engine.learner.num_skipped),
         }

@@ -41,6 +41,19 @@ class Validation:
     _inputs: dict[str, Input] = dataclasses.field(default_factory=dict)
     _texts: dict[tuple[str, int], tuple[list[str], list[str]]] = dataclasses.field(default_factory=dict)
 
+    def open(self) -> None:
+        """Reads the evaluation inputs, and tokenizes what is not cached yet.
+
+        Raises:
+            DataError: one of them has a bad line or is not there.
+        """
+        if self._inputs:
+            return
+        program = self.params.train
+        both = program.eval_names and program.decode_names
+        names = tuple(dict.fromkeys((*program.eval_names, *program.decode_names))) if both else ()
+        self._inputs = parts.eval_inputs(self.params, names=names, vocabulary=self.vocabulary, cache=self.cache)
+
     def evaluate(self, task: BaseTask, *, step: int) -> dict[str, float]:
         """Returns, and tells the trackers, `eval/NAME/loss` and the other means of every evaluation input.
 
@@ -48,11 +61,10 @@ class Validation:
             task: in evaluation mode.
             step: optimiser steps that its weights have seen.
         """
-        names = self.params.train.eval_names
-        if not self._inputs:
-            self._inputs = parts.eval_inputs(self.params, names=names, vocabulary=self.vocabulary, cache=self.cache)
+        self.open()
         figures: dict[str, float] = {}
-        for name, data in self._inputs.items():
+        for name in self.params.train.eval_names or tuple(self._inputs):
+            data = self._inputs[name]
             means = evaluate(task, batches=data.epoch_batches(), to_device=self.to_device, keep_going=self.keep_going)
             figures |= {f"eval/{name}/{key}": value for key, value in means.items()}
         if figures and self.keep_going():

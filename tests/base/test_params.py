@@ -367,3 +367,10 @@ def test_enumeration_and_repr() -> None:
     assert repr(Scalars.Params(color=Color.GREEN)).startswith("Scalars.Params(integer=1, number=0.5")
     assert "hidden_dim" in dir(Layer.Params())
     assert "hidden_dim" in Layer.Params()
+
+
+def test_setting_below_none_says_which_class_to_set_first() -> None:
+    p = task()
+    text = message(lambda: p.set("layer.post_norm.eps", 1e-3))
+    assert text.startswith("layer.post_norm: must have params below it, such as eps, but is None (NoneType). Set ")
+    assert "layer.post_norm.cls=" in text and text.endswith(" first.")

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from megaseq.base.errors import CheckpointError, ParamsError, TrainingError
+from megaseq.base.errors import CheckpointError, DataError, ParamsError, TrainingError
 from megaseq.checkpoint import Checkpointer, WarmStart, list_steps, load_checkpoint
 from megaseq.learner import MovingAverage
 from megaseq.train.early_stop import EarlyStop
@@ -215,6 +215,28 @@ def test_run_begins_with_the_parameters_of_another(tmp_path: Path, precision: st
         if name.startswith("ema."):
             assert torch.equal(own[name.removeprefix("ema.")], tensor), name
             assert torch.allclose(own[name], tensor), name
+
+
+def test_bad_evaluation_data_stops_the_run_before_it_starts(tmp_path: Path) -> None:
+    params = run_params(tmp_path)
+    with (tmp_path / "valid.in").open("ab") as file:
+        file.write(b"a\xff\n")
+    with (tmp_path / "valid.out").open("ab") as file:
+        file.write(b"a\n")
+    with pytest.raises(DataError, match=r"valid\.in:7: must be UTF-8"):
+        Trainer(params, run_dir=tmp_path / "run").fit()
+    assert not list(read_metrics(tmp_path / "run" / "metrics.jsonl"))
+
+
+def test_run_that_never_began_may_begin_with_other_params(tmp_path: Path) -> None:
+    params = run_params(tmp_path, max_steps=2)
+    wrong = params.copy()
+    wrong.train_input.source.data_dir = str(tmp_path / "nowhere")
+    wrong.vocabulary.source.tags = ("<x>",)
+    with pytest.raises(DataError, match="nowhere"):
+        Trainer(wrong, run_dir=tmp_path / "run").fit()
+    assert Trainer(params, run_dir=tmp_path / "run").fit() == "finished"
+    assert RunDirectory(tmp_path / "run").read_params() == params
 
 
 def test_missing_checkpoint_to_begin_with(tmp_path: Path) -> None:
