@@ -15,7 +15,6 @@ import torch
 from megaseq.base import NestedMap
 from megaseq.decode import candidates, termination
 from megaseq.decode.constraints import View, forbid_early_end, force_prefix
-from megaseq.decode.errors import DecodeError
 from megaseq.decode.finished import Finished
 from megaseq.decode.hypothesis import Hypothesis
 from megaseq.decode.protocol import StepDecoder, step_with_attention
@@ -50,7 +49,8 @@ class BeamSearch(Search):
         ensure_full_beam: bool = False
         """A source is done only when `num_hyps_per_beam` hypotheses have finished, and the score gap is reached."""
         terminate_beams_independently: bool = True
-        """Each source stops on its own and leaves the batch; otherwise all go on until all are done."""
+        """Each source stops on its own and leaves the batch; otherwise all go on until all are done, which is
+        Lingvo's default (False) and lets a source's result depend on the others of its batch."""
         force_eos_in_top_k: bool = False
         """Consider the end token at every step, not only when it is among a hypothesis' best tokens."""
         force_eos_in_last_step: bool = True
@@ -89,7 +89,7 @@ class BeamSearch(Search):
     def __init__(self, p: Params) -> None:
         super().__init__(p)
         self._rule = candidates.EosRule(
-            p.target_eos_id, p.valid_eos_max_logit_delta, p.local_eos_threshold, p.force_eos_in_top_k
+            self.eos_id, p.valid_eos_max_logit_delta, p.local_eos_threshold, p.force_eos_in_top_k
         )
         self._scoring = Scoring(
             p.length_normalization, p.length_penalty, p.coverage_penalty, p.target_seq_length_ratio
@@ -97,7 +97,12 @@ class BeamSearch(Search):
 
     @torch.no_grad()
     def search(
-        self, decoder: StepDecoder, *, source: NestedMap, prefix: torch.Tensor | None = None
+        self,
+        decoder: StepDecoder,
+        *,
+        source: NestedMap,
+        prefix: torch.Tensor | None = None,
+        keys: torch.Tensor | None = None,
     ) -> list[list[Hypothesis]]:
         """Decodes every row of `source`; returns up to `num_best` hypotheses of each source, best first.
 
@@ -106,6 +111,7 @@ class BeamSearch(Search):
             source: What `decoder.prefill` takes, B rows, on the device of the model.
             prefix: [B, P] tokens that the outputs must begin with; a negative id leaves that position free. They count
                 in the score.
+            keys: Of no use here: nothing is random.
 
         Raises:
             DecodeError: The model gives NaN, or the coverage penalty meets a model without attention.
@@ -150,7 +156,7 @@ class BeamSearch(Search):
         proposals = self._propose(beam, logits=logits, step=step, last=last, prefix=prefix)
         ended, going = self._split(proposals, last=last)
         if step == 0 and not p.allow_empty_terminated_hyp:
-            ended = ended.where(ended.ids != p.target_eos_id)
+            ended = ended.where(ended.ids != self.eos_id)
         has_ended = ended.score > NEG_INF
         # On a GPU, looking whether there is anything to add would cost more than adding nothing.
         if has_ended.is_cuda or bool(has_ended.any()):
@@ -187,17 +193,13 @@ class BeamSearch(Search):
         """The best extensions of every hypothesis, after all constraints."""
         p = self.params
         batch, num_hyps = beam.total.shape
-        if logits.shape[-1] <= p.target_eos_id:
-            raise DecodeError(
-                f"target_eos_id: must be below the vocabulary's {logits.shape[-1]}, but is {p.target_eos_id}. "
-                "Set the model's own end-of-sequence id."
-            )
+        self.check_eos(logits)
         scores = log_probabilities(logits).view(batch, num_hyps, -1)
         if self._constraints:
-            view = View(ids=beam.ids, rows=beam.rows, last=last, eos_id=p.target_eos_id)
+            view = View(ids=beam.ids, rows=beam.rows, last=last, eos_id=self.eos_id)
             scores = self._constraints(scores, view=view)
         if p.min_seq_len > step or p.min_length_ratio > 0:
-            scores = forbid_early_end(scores, step=step, least=beam.limits.least, eos_id=p.target_eos_id)
+            scores = forbid_early_end(scores, step=step, least=beam.limits.least, eos_id=self.eos_id)
         if prefix is not None and step < prefix.shape[1]:
             scores = force_prefix(scores, wanted=prefix[beam.rows, step])
         size = p.num_hyps_per_beam
@@ -209,7 +211,7 @@ class BeamSearch(Search):
     ) -> tuple[candidates.Extensions, candidates.Extensions]:
         """Which extensions end, [B, E], and which go on, [B, K]."""
         p = self.params
-        size, eos_id = p.num_hyps_per_beam, p.target_eos_id
+        size, eos_id = p.num_hyps_per_beam, self.eos_id
         going = candidates.next_beam(proposals, eos_id=eos_id, size=size)
         is_eos = proposals.ids == eos_id
         unfinished = going
@@ -239,7 +241,7 @@ class BeamSearch(Search):
         if beam.attention is not None:
             score = score + self._scoring.coverage(beam.attention_of(ended.parents), mask=beam.source_mask())
         score = score.masked_fill(ended.score == NEG_INF, NEG_INF)
-        is_eos = ended.ids == self.params.target_eos_id
+        is_eos = ended.ids == self.eos_id
         finished.add(beam.rows, score=score, logprob=ended.score, ids=ids, ended=is_eos)
 
     def _done(self, active: torch.Tensor, *, beam: _Beam, finished: Finished, length: int) -> torch.Tensor:

@@ -19,10 +19,15 @@ class GreedySearch(Walk):
     params: Params
 
     def search(
-        self, decoder: StepDecoder, *, source: NestedMap, prefix: torch.Tensor | None = None
+        self,
+        decoder: StepDecoder,
+        *,
+        source: NestedMap,
+        prefix: torch.Tensor | None = None,
+        keys: torch.Tensor | None = None,
     ) -> list[list[Hypothesis]]:
         """Decodes every row of `source`; see `Search.search`."""
-        return self.walk(decoder, source=source, prefix=prefix, keys=None)
+        return self.walk(decoder, source=source, prefix=prefix, keys=keys)
 
     def choose(self, logits: torch.Tensor, *, keys: torch.Tensor, step: int) -> Choice:
         """The best tokens; argmax takes the first of several equals."""

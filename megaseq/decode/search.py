@@ -13,15 +13,19 @@ from megaseq.decode.errors import DecodeError
 from megaseq.decode.hypothesis import Hypothesis
 from megaseq.decode.protocol import StepDecoder, source_lengths
 
+# Ids of the tokenizers that the library learns, for a search without a task.
+_DEFAULT_SOS_ID, _DEFAULT_EOS_ID = 2, 3
+
 
 class Search(Configurable):
     """Turns sources into hypotheses with a `StepDecoder`."""
 
     class Params(Configurable.Params):
-        target_sos_id: int = 2
-        """Start token, fed to the first step; never part of a hypothesis."""
-        target_eos_id: int = 3
-        """End-of-sequence token."""
+        target_sos_id: int | None = None
+        """Start token, fed to the first step; never part of a hypothesis. None: the target vocabulary's; in a search
+        without a task 2."""
+        target_eos_id: int | None = None
+        """End-of-sequence token. None: the target vocabulary's; in a search without a task 3."""
         target_seq_len: int = 256
         """Most decoding steps, the end-of-sequence token included."""
         max_length_ratio: float = 0.0
@@ -41,7 +45,7 @@ class Search(Configurable):
                 yield f"target_seq_len: must be at least 1, but is {self.target_seq_len}. Set the longest output."
             for name in ("max_length_ratio", "min_length_ratio", "min_seq_len", "target_sos_id", "target_eos_id"):
                 value = getattr(self, name)
-                if value < 0:
+                if value is not None and value < 0:
                     yield f"{name}: must not be negative, but is {value}. Use 0 or more."
             if self.min_seq_len >= self.target_seq_len:
                 yield (
@@ -53,10 +57,17 @@ class Search(Configurable):
 
     def __init__(self, p: Params) -> None:
         super().__init__(p)
+        self.sos_id = _DEFAULT_SOS_ID if p.target_sos_id is None else p.target_sos_id
+        self.eos_id = _DEFAULT_EOS_ID if p.target_eos_id is None else p.target_eos_id
         self._constraints = Constraints([processor.instantiate() for processor in p.processors])
 
     def search(
-        self, decoder: StepDecoder, *, source: NestedMap, prefix: torch.Tensor | None = None
+        self,
+        decoder: StepDecoder,
+        *,
+        source: NestedMap,
+        prefix: torch.Tensor | None = None,
+        keys: torch.Tensor | None = None,
     ) -> list[list[Hypothesis]]:
         """Decodes every row of `source`; returns the hypotheses of each source, best first.
 
@@ -64,9 +75,10 @@ class Search(Configurable):
             decoder: The model.
             source: What `decoder.prefill` takes, B rows, on the device of the model.
             prefix: [B, P] tokens that the outputs must begin with; a negative id leaves that position free.
+            keys: [B] identity of each source, its index in the corpus, say; only random choices depend on it.
 
         Raises:
-            DecodeError: The model gives NaN, or lacks what an option needs.
+            DecodeError: The model gives NaN, has no token `target_eos_id`, or lacks what an option needs.
         """
         raise NotImplementedError
 
@@ -87,8 +99,16 @@ class Search(Configurable):
         """Encodes the source and lays out what a search begins with."""
         lengths = source_lengths(source)
         state = decoder.prefill(source)
-        tokens = torch.full((lengths.shape[0],), self.params.target_sos_id, dtype=torch.long, device=lengths.device)
+        tokens = torch.full((lengths.shape[0],), self.sos_id, dtype=torch.long, device=lengths.device)
         return Start(state=state, tokens=tokens, lengths=lengths, limits=self.limits(lengths))
+
+    def check_eos(self, logits: torch.Tensor) -> None:
+        """Raises DecodeError if the vocabulary of `logits` [..., V] has no end-of-sequence token: none would end."""
+        if logits.shape[-1] <= self.eos_id:
+            raise DecodeError(
+                f"target_eos_id: must be below the vocabulary's {logits.shape[-1]}, but is {self.eos_id}. "
+                "Set the model's own end-of-sequence id."
+            )
 
 
 @dataclass

@@ -84,22 +84,23 @@ class Walk(Search):
     def _extend(self, outputs: _Outputs, *, logits: torch.Tensor, prefix: torch.Tensor | None) -> None:
         """Adds one token to every output; `logits` [B, N or 1, V]."""
         p, step = self.params, outputs.ids.shape[-1]
+        self.check_eos(logits)
         scores = logits.float()
         model = log_probabilities(scores)
         if self._constraints:
             # At the first step all outputs of a source share one row of scores.
             ids = outputs.ids[:, : scores.shape[1]]
             last = outputs.limits.most <= step + 1
-            view = View(ids=ids, rows=outputs.rows, last=last, eos_id=p.target_eos_id)
+            view = View(ids=ids, rows=outputs.rows, last=last, eos_id=self.eos_id)
             scores = self._constraints(scores, view=view)
         if p.min_seq_len > step or p.min_length_ratio > 0:
-            scores = forbid_early_end(scores, step=step, least=outputs.limits.least, eos_id=p.target_eos_id)
+            scores = forbid_early_end(scores, step=step, least=outputs.limits.least, eos_id=self.eos_id)
         if prefix is not None and step < prefix.shape[1]:
             scores = force_prefix(scores, wanted=prefix[outputs.rows, step])
         choice = self.choose(scores, keys=outputs.keys, step=step)
         num = choice.tokens.shape[1]
         logprob = model.expand(-1, num, -1).gather(-1, choice.tokens.unsqueeze(-1)).squeeze(-1)
-        outputs.extend(choice, model=logprob, eos_id=p.target_eos_id)
+        outputs.extend(choice, model=logprob, eos_id=self.eos_id)
 
 
 @dataclass

@@ -48,8 +48,17 @@ class BaseTask(Layer):
         weights: Tensor = batch.target.weights
         return weights.sum(dtype=torch.float32)
 
-    def decode(self, source: NestedMap, *, search: Configurable.Params) -> list[list[Hypothesis]]:
-        """Decodes `source` (ids [B, S], one example a row); returns the n best hypotheses of each, best first."""
+    def decode(
+        self, source: NestedMap, *, search: Configurable.Params, keys: Tensor | None = None
+    ) -> list[list[Hypothesis]]:
+        """Decodes `source` (ids [B, S], one example a row); returns the n best hypotheses of each, best first.
+
+        Args:
+            source: one example a row.
+            search: params of the search; what they leave to the task is as in `default_search`.
+            keys: [B] identity of each example, its index in the corpus, say, so that samples do not depend on the
+                batch; the row's index by default.
+        """
         raise NotImplementedError
 
     def default_search(self) -> Configurable.Params:

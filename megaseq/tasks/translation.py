@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from torch import Tensor
+
 from megaseq.base import Configurable, NestedMap
 from megaseq.decode import BeamSearch, Hypothesis, Search
 from megaseq.kernels.cross_entropy import CrossEntropy, linear_cross_entropy
@@ -64,10 +66,19 @@ class Translation(BaseTask, EncoderDecoder):
             metrics["z_loss"] = (sums.z_loss.detach(), total)
         return LossOutput(loss_sum=sums.loss, weight=total, metrics=metrics)
 
-    def decode(self, source: NestedMap, *, search: Configurable.Params) -> list[list[Hypothesis]]:
-        """Decodes `source` (ids, segment_ids, positions [B, S], one text a row); see `Search.search`."""
+    def decode(
+        self, source: NestedMap, *, search: Configurable.Params, keys: Tensor | None = None
+    ) -> list[list[Hypothesis]]:
+        """Decodes `source` (ids, segment_ids, positions [B, S], one text a row); see `Search.search`.
+
+        A search without own special tokens has those of the task's search, which are the vocabulary's.
+        """
+        own, search = self.params.search, search.copy()
+        for name in ("target_sos_id", "target_eos_id"):
+            if search.get(name) is None:
+                search.set(name, own.get(name))
         searcher: Search = search.instantiate()
-        return searcher.search(self, source=source)
+        return searcher.search(self, source=source, keys=keys)
 
     def default_search(self) -> Configurable.Params:
         """Returns `search` of the params."""

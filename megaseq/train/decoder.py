@@ -81,7 +81,11 @@ def decode_lines(
     model = load_trained(path, edit=edit, averaged=averaged)
     parts.set_up_process(model.params)
     rest = iter(lines)
+    done = 0
     while chunk := [line.rstrip("\r\n") for line in itertools.islice(rest, lines_at_once)]:
         with model.evaluating() as task:
-            decoded = decode_texts(task, texts=chunk, vocabulary=model.vocabulary, search=task.default_search())
+            decoded = decode_texts(
+                task, texts=chunk, vocabulary=model.vocabulary, search=task.default_search(), first_key=done
+            )
+        done += len(chunk)
         yield from zip(chunk, decoded, strict=True)

@@ -76,6 +76,7 @@ def decode_texts(
     vocabulary: Vocabulary,
     search: Configurable.Params,
     batch_tokens: int = 2048,
+    first_key: int = 0,
     keep_going: Callable[[], bool] = lambda: True,
 ) -> list[list[TextHypothesis]]:
     """Decodes `texts`, tags included, with `task` as it is (its mode and weights are the caller's).
@@ -85,7 +86,8 @@ def decode_texts(
         texts: one example each.
         vocabulary: tokenizers of source and target.
         search: params of beam search or sampling.
-        batch_tokens: source cells, padding included, of one batch.
+        batch_tokens: source cells, padding included, of one batch; samples do not depend on it.
+        first_key: index of the first text in the corpus; another index draws other samples.
         keep_going: asked between batches; False ends early, the rest get no hypothesis.
 
     Returns:
@@ -99,7 +101,8 @@ def decode_texts(
             break
         batch = source_batch([rows[index] for index in group], tokenizer=vocabulary.source)
         batch = batch.transform(lambda value: value.to(device))
-        for index, hypotheses in zip(group, task.decode(batch, search=search), strict=True):
+        keys = torch.tensor(group, device=device) + first_key
+        for index, hypotheses in zip(group, task.decode(batch, search=search, keys=keys), strict=True):
             decoded[index] = [
                 TextHypothesis(text=vocabulary.target.decode(h.ids), score=float(h.score), logprob=float(h.logprob))
                 for h in hypotheses

@@ -11,6 +11,7 @@ from megaseq.base import FROM_PARENT
 from megaseq.base.errors import AsText, ParamsError, must
 from megaseq.data.input import Input
 from megaseq.data.vocabulary import Vocabulary
+from megaseq.decode import Search
 from megaseq.tasks.base import BaseTask
 from megaseq.train.experiment import Run
 from megaseq.train.host_memory import keep_freed_memory
@@ -55,7 +56,7 @@ def read_vocabulary(params: Run.Params, *, directory: Path) -> Vocabulary:
 
 
 def task_params(params: Run.Params, *, vocabulary: Vocabulary) -> BaseTask.Params:
-    """Returns the task's params with the sizes of the vocabulary filled in where the experiment leaves them open.
+    """Returns the task's params with the vocabulary's sizes and special tokens where the experiment leaves them open.
 
     Raises:
         ParamsError: the experiment sets a size, and the vocabulary has more tokens than that.
@@ -74,6 +75,11 @@ def task_params(params: Run.Params, *, vocabulary: Vocabulary) -> BaseTask.Param
                 task.get(name),
                 "Leave it unset, or make the vocabulary smaller",
             )
+    tokens = {"target_sos_id": vocabulary.target.bos_id, "target_eos_id": vocabulary.target.eos_id}
+    for path, search in task.find(Search):
+        for name, token in tokens.items():
+            if search.get(name) is None:
+                task.set(f"{path}.{name}", token, origin="the vocabulary")
     return task
 
 

@@ -410,3 +410,13 @@ def test_end_token_outside_the_vocabulary() -> None:
     """A wrong id is said, not an index error."""
     with pytest.raises(DecodeError, match="target_eos_id: must be below the vocabulary's 3"):
         run(TableDecoder(lambda source, ids: [0.0] * 3), target_eos_id=3)
+
+
+def test_special_tokens_of_a_search_alone() -> None:
+    """Those of the library's tokenizers; the params stay open, so that a task can fill them."""
+    params = BeamSearch.Params()
+    search = params.instantiate()
+    assert (search.sos_id, search.eos_id) == (2, 3)
+    assert params.target_sos_id is None and not params.check()
+    problems = BeamSearch.Params(target_eos_id=-1, min_seq_len=256).check()
+    assert [str(problem).split(":")[0] for problem in problems] == ["target_eos_id", "min_seq_len"]

@@ -178,3 +178,12 @@ def test_bad_options_are_refused(options: dict[str, Any]) -> None:
     """By name."""
     with pytest.raises(ParamsError, match=next(iter(options))):
         Sampler.Params(**options).instantiate()
+
+
+def test_end_token_outside_the_vocabulary() -> None:
+    """Without it no output would end before the length limit."""
+    table = TableDecoder(lambda source, ids: [0.0] * 3)
+    with pytest.raises(DecodeError, match="target_eos_id: must be below the vocabulary's 3, but is 3"):
+        run(table, target_eos_id=3)
+    with pytest.raises(DecodeError, match="target_eos_id: must be below the vocabulary's 3, but is 5"):
+        greedy_search(table, source=sources(1), params=GreedySearch.Params(target_sos_id=SOS, target_eos_id=5))
