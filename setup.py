@@ -71,7 +71,8 @@ def say_fallback(error: Exception) -> None:
     rule = "*" * 100
     print(
         f"\n{rule}\nmegaseq: the C++ extension could not be built ({error}).\n"
-        "megaseq is installed all the same and uses the NumPy fallback, with the same results.\n"
+        "megaseq is installed all the same and uses the fallbacks in Python, NumPy and torch: the same data and the\n"
+        "same search, with attention equal but for rounding.\n"
         f"For the faster one: install a C++20 compiler, then install megaseq again.\n{rule}\n",
         file=sys.stderr,
         flush=True,

@@ -1,4 +1,4 @@
-"""megaseq: train, decode, quantise and serve sequence-to-sequence models from one package."""
+"""megaseq: train, resume, decode and score sequence-to-sequence models from one typed Python class."""
 
 from __future__ import annotations
 

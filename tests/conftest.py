@@ -10,7 +10,7 @@ import torch
 
 @pytest.fixture(autouse=True)
 def _process_state() -> Iterator[None]:
-    """Takes back what the jobs set for their whole process: flushing of denormal numbers, threads of matrix products."""
+    """Takes back what the jobs set for their whole process: flushing of denormals, threads of matrix products."""
     threads = torch.get_num_threads()
     yield
     torch.set_flush_denormal(False)

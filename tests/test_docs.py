@@ -59,7 +59,8 @@ def write_corpus(folder: Path) -> None:
 
 def write_modules(page: Path, folder: Path) -> None:
     """Writes each `python` block that the text introduces as `in NAME.py:` to that file."""
-    for name, block in re.findall(r"`(\w+\.py)`:\n\n```python\n(.*?)^```$", page.read_text(), flags=re.MULTILINE | re.DOTALL):
+    pattern = r"`(\w+\.py)`:\n\n```python\n(.*?)^```$"
+    for name, block in re.findall(pattern, page.read_text(), flags=re.MULTILINE | re.DOTALL):
         (folder / name).write_text(block)
 
 
@@ -72,7 +73,8 @@ def shrink(command: str) -> str:
             extra = [] if "quickstart" not in part else ["train_input.source.num_examples=3000"]
             parts[index] = shlex.join([*words, *SHRUNK_RUN, *extra])
         elif words[0] == "python" and words[1].startswith("benchmarks/"):
-            parts[index] = shlex.join(["python", str(ROOT / words[1]), *words[2:], *SHRUNK_BENCHMARKS[Path(words[1]).name]])
+            smaller = SHRUNK_BENCHMARKS[Path(words[1]).name]
+            parts[index] = shlex.join(["python", str(ROOT / words[1]), *words[2:], *smaller])
         elif words[:2] == ["bash", "launch/quickstart.sh"]:
             small = [*SHRUNK_RUN, "train_input.source.num_examples=3000", "eval_inputs.held_out.source.num_examples=8"]
             parts[index] = shlex.join(["bash", str(ROOT / words[1]), *words[2:], *small])
@@ -110,7 +112,13 @@ def test_commands_of_the_page(page: Path, shell: dict[str, str], tmp_path: Path)
             shell[name] = value
             continue
         done = subprocess.run(
-            ["bash", "-ec", shrink(command)], cwd=tmp_path, env=shell, capture_output=True, text=True, timeout=300, check=False
+            ["bash", "-ec", shrink(command)],
+            cwd=tmp_path,
+            env=shell,
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=False,
         )
         assert done.returncode == 0, f"{page.name}: {command}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
 
@@ -129,3 +137,14 @@ def test_files_that_the_page_names_exist(page: Path) -> None:
     missing = [name for name in named if not (ROOT / name).exists()]
     missing += [link for link in links if not (page.parent / link).exists()]
     assert not missing
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_no_figure_is_left_open(page: Path) -> None:
+    assert "@@" not in page.read_text()
+
+
+def test_every_benchmark_is_on_a_page() -> None:
+    shown = " ".join(command for page in PAGES for command in commands(page))
+    assert set(SHRUNK_BENCHMARKS) == {path.name for path in (ROOT / "benchmarks").glob("*.py")}
+    assert all(f"benchmarks/{name}" in shown for name in SHRUNK_BENCHMARKS)

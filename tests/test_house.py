@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ast
 import functools
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -185,6 +187,23 @@ def test_no_cycle_between_modules_of_base_at_import() -> None:
 
 def _eager(module: ast.Module) -> list[ast.stmt]:
     return [node for node in module.body if isinstance(node, ast.Import | ast.ImportFrom)]
+
+
+def _output(*command: str) -> str:
+    done = subprocess.run([sys.executable, "-m", *command], cwd=ROOT, capture_output=True, text=True, check=False)
+    return "" if done.returncode == 0 else f"{done.stdout}{done.stderr}"
+
+
+@pytest.mark.slow
+def test_types_check() -> None:
+    pytest.importorskip("mypy")
+    assert _output("mypy") == ""
+
+
+@pytest.mark.slow
+def test_style_checks() -> None:
+    pytest.importorskip("ruff")
+    assert _output("ruff", "check", "megaseq", "tests", "benchmarks") == ""
 
 
 # ---- the checks catch what they should -------------------------------------------------------------------------

@@ -2,8 +2,8 @@
 
 The name is the module path below `experiments` and the class: `megaseq/experiments/mt/multi30k.py`, class `Base`, is
 `mt.multi30k.Base`. Other packages add theirs through an entry point of the group `megaseq.experiments` that names a
-module or package, or, without being installed, by standing in the working directory and being named, with commas between
-several, in the environment variable MEGASEQ_EXPERIMENTS.
+module or package, or, without being installed, by standing in the working directory and being named, with commas
+between several, in the environment variable MEGASEQ_EXPERIMENTS.
 """
 
 from __future__ import annotations

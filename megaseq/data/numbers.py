@@ -1,8 +1,8 @@
 """Numbers, dates and times written out in English, with their exact German and French translations.
 
-An endless data set without a licence: example `index` is a pure function of (seed, index). Values are split by a hash of
-the value itself, so a held-out value occurs in training in no language and at no index. `num2words` writes the numerals;
-what stands around them (months, "Uhr", "heures", a.m. and p.m.) is written here.
+An endless data set without a licence: example `index` is a pure function of (seed, index). Values are split by a hash
+of the value itself, so a held-out value occurs in training in no language and at no index. `num2words` writes the
+numerals; what stands around them (months, "Uhr", "heures", a.m. and p.m.) is written here.
 """
 
 from __future__ import annotations

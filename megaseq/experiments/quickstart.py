@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from megaseq.base import register
 from megaseq.data.input import Input
-from megaseq.data.numbers import TAGS, Numbers as NumbersSource
+from megaseq.data.numbers import TAGS
+from megaseq.data.numbers import Numbers as NumbersSource
 from megaseq.data.packing import Packing
 from megaseq.data.tokenizer import SentencePiece
 from megaseq.data.vocabulary import Vocabulary
@@ -42,7 +43,8 @@ class Numbers(Experiment):
         )
 
     def eval_inputs(self) -> dict[str, Input.Params]:
-        return {"held_out": Input.Params(source=NumbersSource.Params(num_examples=1000, held_out=True), too_long="truncate")}
+        source = NumbersSource.Params(num_examples=1000, held_out=True)
+        return {"held_out": Input.Params(source=source, too_long="truncate")}
 
     def learner(self) -> Learner.Params:
         return Learner.Params(

@@ -145,7 +145,7 @@ def _role(rule: ParameterRule.Params) -> str:
 
 
 def listing(assignment: Assignment, *, named_parameters: Mapping[str, Tensor]) -> str:
-    """Returns a table for people: each pattern with what it matched, then the groups that came of it."""
+    """Returns a table for people: each pattern with what it matched, the groups that came of it, every parameter."""
     lines = ["patterns (re.search on the full path):"]
     for match in assignment.matches:
         lines.append(f"  {match.role}  {match.pattern}  -> {_count(match.names, named_parameters)}")
@@ -157,6 +157,16 @@ def listing(assignment: Assignment, *, named_parameters: Mapping[str, Tensor]) -
         treatment = f"weight_decay={group.weight_decay:g} learning_rate_scale={group.learning_rate_scale:g}"
         lines.append(f"  {treatment}  -> {_count(group.names, named_parameters)}")
     lines.append(f"  frozen  -> {_count(assignment.frozen, named_parameters)}")
+    treatments = {
+        name: f"weight_decay={group.weight_decay:g} learning_rate_scale={group.learning_rate_scale:g}"
+        for group in assignment.groups
+        for name in group.names
+    }
+    lines.append("parameters:")
+    for name, tensor in named_parameters.items():
+        patterns = ", ".join(match.pattern for match in assignment.matches if name in match.names)
+        by = f"  by {patterns}" if patterns else ""
+        lines.append(f"  {name}  {list(tensor.shape)}  {treatments.get(name, 'frozen')}{by}")
     return "\n".join(lines)
 
 

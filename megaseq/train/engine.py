@@ -16,6 +16,7 @@ from megaseq.checkpoint import WarmStart, WarmStartReport
 from megaseq.layers.base import bind, initialize
 from megaseq.learner import Learner
 from megaseq.tasks.base import BaseTask, LossOutput
+from megaseq.train.device import move
 from megaseq.train.precision import MasterWeights, autocast, resolve_precision
 
 
@@ -119,9 +120,7 @@ class Engine:
 
     def to_device(self, batch: NestedMap) -> NestedMap:
         """Returns `batch` with its tensors on the engine's device."""
-        if self.device.type == "cpu":
-            return batch
-        return batch.transform(lambda value: value.to(self.device, non_blocking=True))
+        return move(batch, device=self.device)
 
     def state_tensors(self) -> dict[str, Tensor]:
         """Returns all tensors that a checkpoint keeps, by logical name: fp32 weights and the learner's state."""

@@ -76,11 +76,15 @@ def watch_run(job: Job, *, path: Path | str, poll_seconds: float = 5.0) -> None:
         )
         tracking = params.tracking.replace(progress="plain").instantiate()
         callback = Callbacks(tracking.callbacks(run_dir=own))
-        callback.on_start(_facts(params, own=own, first_step=max(watch.done, default=0)))
-        for step in watch.steps():
-            if _work_on(job, run_dir=run_dir, step=step, callback=callback, signals=signals):
-                watch.mark_done(step)
-        callback.on_finish(status="stopped" if signals.requested else "finished")
+        status = "failed"
+        try:
+            callback.on_start(_facts(params, own=own, first_step=max(watch.done, default=0)))
+            for step in watch.steps():
+                if _work_on(job, run_dir=run_dir, step=step, callback=callback, signals=signals):
+                    watch.mark_done(step)
+            status = "stopped" if signals.requested else "finished"
+        finally:
+            callback.on_finish(status=status)
 
 
 def _facts(params: Run.Params, *, own: Path, first_step: int) -> RunFacts:
@@ -135,6 +139,7 @@ def _validation(
             run_dir=run_dir,
             callback=callback,
             keep_going=lambda: not signals.requested,
+            to_device=model.to_device,
         )
 
 

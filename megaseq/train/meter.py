@@ -52,7 +52,7 @@ class Meter:
             old_total, old_weight = self.sums.get(name, (0.0, 0.0))
             self.sums[name] = (old_total + total, old_weight + weight)
 
-    def read(self) -> dict[str, float]:
+    def read(self, *, device: torch.device) -> dict[str, float]:
         """Returns the figures of the steps since the last call, by their names in the metrics file."""
         figures = {f"train/{name}": total / weight for name, (total, weight) in self.sums.items() if weight > 0}
         applied = self.num_steps - self.num_skipped
@@ -64,7 +64,7 @@ class Meter:
             figures["train/data_wait_fraction"] = self.wait_seconds / self.seconds
         if self.cells:
             figures["train/padding_fraction"] = 1.0 - self.real_cells / self.cells
-        figures["train/memory_gib"] = memory_gib()
+        figures["train/memory_gib"] = memory_gib(device)
         self.__init__()  # type: ignore[misc]
         return figures
 
@@ -79,10 +79,10 @@ class Meter:
         self.sums = {name: (pair[0], pair[1]) for name, pair in self.sums.items()}
 
 
-def memory_gib() -> float:
-    """Returns the most memory used so far, in GiB: the accelerator's where there is one, else the process's."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**30
+def memory_gib(device: torch.device) -> float:
+    """Returns the most memory used so far, in GiB: that of `device` where it is a GPU, else the process's."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     # Linux counts in KiB, macOS in bytes.
     return peak / (2**30 if sys.platform == "darwin" else 2**20)

@@ -22,6 +22,8 @@ class Program(Configurable):
         precision: Literal["auto", "fp32", "bf16", "bf16_autocast"] = "auto"
         """bf16: weights and activations in bfloat16, fp32 masters in the learner, norms and softmax in fp32.
         bf16_autocast: fp32 weights, matrix products in bfloat16. auto: bf16 where the device computes it natively."""
+        device: Literal["auto", "cpu", "cuda"] = "auto"
+        """Where the model computes. auto: the GPU where torch sees one, else the CPU."""
         log_interval_steps: int = 100
         """Steps between two lines of training figures."""
         eval_interval_steps: int = 1000

@@ -11,11 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megaseq.base import NestedMap
 from megaseq.base.errors import AsText, CheckpointError, must
 from megaseq.checkpoint import Checkpointer, OpenCheckpoint
 from megaseq.data.vocabulary import Vocabulary
 from megaseq.tasks.base import BaseTask
 from megaseq.train import parts
+from megaseq.train.device import move, resolve_device
 from megaseq.train.engine import Engine, named_state
 from megaseq.train.experiment import Run
 from megaseq.train.precision import autocast, lower_precision, resolve_precision
@@ -120,13 +122,19 @@ class TrainedModel:
     path: Path
     precision: str
 
+    device: torch.device
+
     @contextlib.contextmanager
     def evaluating(self) -> Iterator[BaseTask]:
         """Gives the task in evaluation mode, with autograd off."""
         self.task.eval()
-        device = next(self.task.parameters()).device
-        with torch.inference_mode(), autocast(resolve_precision(self.precision, device=device), device=device):
+        precision = resolve_precision(self.precision, device=self.device)
+        with torch.inference_mode(), autocast(precision, device=self.device):
             yield self.task
+
+    def to_device(self, batch: NestedMap) -> NestedMap:
+        """Returns `batch` with its tensors on the task's device."""
+        return move(batch, device=self.device)
 
 
 def checkpoint_params(opened: OpenCheckpoint) -> Run.Params:
@@ -159,11 +167,13 @@ def load_trained(
 
     Raises:
         CheckpointError: there is no checkpoint, it is damaged, or it does not fit its params.
+        ParamsError: the params ask for a GPU that is not there; `edit` may set `train.device`.
     """
     opened = OpenCheckpoint(path)
     params = checkpoint_params(opened)
     edit(params)
     parts.check_params(params)
+    device = resolve_device(params.train.device)
     vocabulary = parts.vocabulary_of(params, files=opened.files)
     expected = opened.state.get("vocabulary")
     if expected is not None:
@@ -171,9 +181,10 @@ def load_trained(
     task: BaseTask = parts.task_params(params, vocabulary=vocabulary).instantiate()
     _load_weights(task, opened=opened, averaged=averaged)
     # Autocast pays for its casts once a step in training, but once a token in decoding: bf16 weights do not.
-    precision = resolve_precision(params.train.precision, device=torch.device("cpu"))
+    precision = resolve_precision(params.train.precision, device=device)
     if precision == "bf16":
         lower_precision(task)
+    task.to(device)
     return TrainedModel(
         params=params,
         vocabulary=vocabulary,
@@ -181,6 +192,7 @@ def load_trained(
         step=opened.manifest.step,
         path=opened.path,
         precision=precision,
+        device=device,
     )
 
 

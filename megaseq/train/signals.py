@@ -13,15 +13,21 @@ from typing import Any
 _Handler = Callable[[int, FrameType | None], Any] | int | None
 
 
+class Interrupted(BaseException):
+    """A signal came while there was nothing to save; no Exception, so that nothing on its way takes it for an error."""
+
+
 class StopSignals:
     """Context in which the first SIGTERM or SIGINT only sets `requested`; a second SIGINT exits at once.
 
+    While `raises` is set, the first one raises `Interrupted` as well: for work that may be left at any point.
     Outside the main thread, where Python allows no handlers, the flag is never set.
     """
 
     def __init__(self) -> None:
         self.requested: str = ""
         """Name of the signal that came, empty so far."""
+        self.raises = False
         self._previous: dict[int, _Handler] = {}
 
     def __enter__(self) -> StopSignals:
@@ -43,3 +49,6 @@ class StopSignals:
             os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, b"\nstopped at once, nothing more was saved\n")
             os._exit(128 + number)
         self.requested = signal.Signals(number).name
+        if self.raises:
+            self.raises = False  # What is cleaned up on the way out is not interrupted again.
+            raise Interrupted

@@ -86,5 +86,6 @@ def test_a_module_in_the_working_directory(tmp_path: Path, monkeypatch: pytest.M
     assert registry.params("nearby_lab.Mine") == 7
     assert "nearby_lab" in registry.packages()
     monkeypatch.setenv("MEGASEQ_EXPERIMENTS", "nowhere_lab")
-    with pytest.raises(RegistryError, match=r"^MEGASEQ_EXPERIMENTS: must name modules that Python finds, but is 'nowhere_lab'"):
+    message = r"^MEGASEQ_EXPERIMENTS: must name modules that Python finds, but is 'nowhere_lab'"
+    with pytest.raises(RegistryError, match=message):
         registry.get("nowhere_lab.Mine")

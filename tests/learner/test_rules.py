@@ -117,6 +117,13 @@ def test_the_listing_names_every_match(parameters: dict[str, Tensor]) -> None:
         freeze_patterns=("norm",),
         rules=(ParameterRule.Params(pattern="embedding", weight_decay=0.0),),
     ).instantiate(named_parameters=parameters)
+
+    def treatment(name: str, parameter: Tensor) -> str:
+        if "norm" in name:
+            return "frozen  by norm"
+        decay = "0" if "embedding" in name or parameter.dim() < 2 else "0.01"
+        return f"weight_decay={decay} learning_rate_scale=1" + ("  by embedding" if "embedding" in name else "")
+
     assert learner.listing().splitlines() == [
         "patterns (re.search on the full path):",
         "  freeze  norm  -> 1 parameters, 6 elements",
@@ -127,4 +134,7 @@ def test_the_listing_names_every_match(parameters: dict[str, Tensor]) -> None:
         "  weight_decay=0 learning_rate_scale=1  -> 3 parameters, 81 elements",
         "  weight_decay=0.01 learning_rate_scale=1  -> 2 parameters, 118 elements",
         "  frozen  -> 1 parameters, 6 elements",
+        "parameters:",
+    ] + [
+        f"  {name}  {list(parameter.shape)}  {treatment(name, parameter)}" for name, parameter in parameters.items()
     ]

@@ -14,8 +14,10 @@ import torch
 from megaseq.base.errors import CheckpointError, DataError, TrainingError
 from megaseq.learner import MovingAverage
 from megaseq.train import decoder, evaler
+from megaseq.train.jobs import Job, watch_run
 from megaseq.train.run_dir import RunDirectory
 from megaseq.train.saving import load_trained
+from megaseq.train.tracking import Callbacks
 from megaseq.train.tracking.jsonl import read_metrics
 from megaseq.train.trainer import Trainer
 from megaseq.train.watch import Watch
@@ -154,3 +156,17 @@ def test_watch_passes_over_a_damaged_checkpoint(run: Path, tmp_path: Path) -> No
     next((copy / "checkpoints" / "step_00000004").glob("task*.safetensors")).write_bytes(b"")
     evaler.watch(copy, edit=lambda params: None, poll_seconds=0.05)
     assert [record["step"] for record in read_metrics(copy / "eval" / "metrics.jsonl")] == [8]
+
+
+def test_watch_that_fails_tells_its_trackers(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    heard: list[str] = []
+    monkeypatch.setattr(Callbacks, "on_finish", lambda self, *, status: heard.append(status))
+
+    def fails(model: object, validation: object) -> dict[str, float]:
+        raise DataError("no such file")
+
+    with pytest.raises(DataError, match="no such file"):
+        watch_run(Job(name="eval", work=fails), path=copy, poll_seconds=0.05)
+    assert heard == ["failed"]

@@ -8,7 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,14 @@ import torch
 
 from megaseq.base.errors import CheckpointError, DataError, ParamsError, TrainingError
 from megaseq.checkpoint import Checkpointer, WarmStart, list_steps, load_checkpoint
-from megaseq.learner import MovingAverage
+from megaseq.data import Input, Vocabulary
+from megaseq.learner import MovingAverage, ParameterRule
+from megaseq.train import parts
+from megaseq.train.device import resolve_device
 from megaseq.train.early_stop import EarlyStop
-from megaseq.train.run_dir import ChangedParamsError, RunDirectory
+from megaseq.train.run_dir import ChangedParamsError, RunDirectory, write_atomically
+from megaseq.train.saving import load_trained
+from megaseq.train.signals import Interrupted
 from megaseq.train.tracking import Callback, Sample
 from megaseq.train.tracking.jsonl import read_metrics
 from megaseq.train.trainer import Trainer
@@ -364,3 +369,135 @@ def test_second_sigint_exits_at_once() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=30)
     assert done.returncode == 130
     assert "stopped at once" in done.stderr
+
+
+def test_what_the_patterns_match_is_written(tmp_path: Path) -> None:
+    params = run_params(tmp_path, max_steps=1, freeze_patterns=(r"norm",))
+    params.learner.rules = (ParameterRule.Params(pattern="embedding", weight_decay=0.5),)
+    recorder = Recorder()
+    Trainer(params, run_dir=tmp_path / "run", callbacks=[recorder]).fit()
+    lines = (tmp_path / "run" / "parameters.txt").read_text().splitlines()
+    (embedding,) = [line for line in lines if line.startswith("  task.source_embedding.weight  [")]
+    assert "16]  weight_decay=0.5 learning_rate_scale=1  by embedding" in embedding
+    assert any("norm" in line and line.endswith("  frozen  by norm") for line in lines)
+    assert f"what each pattern of the learner matches: {tmp_path / 'run' / 'parameters.txt'}" in recorder.messages
+    plain = Recorder()
+    Trainer(run_params(tmp_path, max_steps=1), run_dir=tmp_path / "plain", callbacks=[plain]).fit()
+    assert (tmp_path / "plain" / "parameters.txt").is_file()
+    assert not any("parameters.txt" in message for message in plain.messages)
+
+
+def test_gpu_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    params = run_params(tmp_path, max_steps=1)
+    recorder = Recorder()
+    Trainer(params, run_dir=tmp_path / "run", callbacks=[recorder]).fit()
+    assert "fp32 on cpu, vocabulary of" in recorder.messages[0]
+    params.train.device = "cuda"
+    with pytest.raises(ParamsError) as caught:
+        Trainer(params, run_dir=tmp_path / "other")
+    assert str(caught.value).startswith("train.device: must be a device of this machine, but is 'cuda'. ")
+    assert "\n" not in str(caught.value) and not (tmp_path / "other").exists()
+
+    def edit(params: Any) -> None:
+        params.train.device = "cuda"
+
+    with pytest.raises(ParamsError, match=r"^train\.device"):
+        load_trained(tmp_path / "run", edit=edit)
+    assert load_trained(tmp_path / "run").device == torch.device("cpu")
+
+
+@pytest.mark.parametrize(
+    ("asked", "found", "device"),
+    [("auto", True, "cuda"), ("auto", False, "cpu"), ("cpu", True, "cpu"), ("cuda", True, "cuda")],
+)
+def test_device_of_the_params(asked: str, found: bool, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: found)
+    assert resolve_device(asked) == torch.device(device)
+
+
+@pytest.mark.parametrize("where", ["read_vocabulary", "train_input", "task_params"])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_signal_during_set_up_ends_at_once(
+    tmp_path: Path, where: str, number: int, wrapped: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    params = run_params(tmp_path, max_steps=2)
+    (tmp_path / "run").mkdir()
+    whole = getattr(parts, where)
+
+    def interrupted(*args: Any, **options: Any) -> Any:
+        try:
+            os.kill(os.getpid(), number)
+            pytest.fail("goes on after the signal")
+        except Interrupted:
+            if not wrapped:
+                raise
+            raise TrainingError("a library's own words") from None
+
+    if where == "read_vocabulary":
+        monkeypatch.setattr(RunDirectory, "vocabulary", tmp_path)  # One that is there.
+    monkeypatch.setattr(parts, where, interrupted)
+    recorder = Recorder()
+    assert Trainer(params, run_dir=tmp_path / "run", callbacks=[recorder]).fit() == "stopped"
+    name = signal.Signals(number).name
+    assert recorder.messages == [f"{name}: nothing to save yet, the same command begins again"]
+    assert recorder.status == "stopped" and RunDirectory(tmp_path / "run").read_status()["status"] == "stopped"
+    assert not (tmp_path / "run" / "checkpoints").exists()
+    monkeypatch.undo()
+    assert getattr(parts, where) is whole
+    assert Trainer(params, run_dir=tmp_path / "run").fit() == "finished"
+
+
+def test_signal_before_the_first_batch_ends_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    params = run_params(tmp_path, max_steps=2)
+
+    def batches(self: Input) -> Iterator[Any]:
+        os.kill(os.getpid(), signal.SIGTERM)
+        yield pytest.fail("goes on after the signal")
+
+    monkeypatch.setattr(Input, "__iter__", batches)
+    recorder = Recorder()
+    assert Trainer(params, run_dir=tmp_path / "run", callbacks=[recorder]).fit() == "stopped"
+    assert recorder.messages[-1].startswith("SIGTERM: nothing to save yet")
+
+
+def test_vocabulary_directory_is_whole_or_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    params = run_params(tmp_path, max_steps=1)
+
+    def fails(path: Path, data: str | bytes) -> None:
+        if path.name == "target":
+            raise OSError("disk full")
+        write_atomically(path, data)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Vocabulary, "save_files", lambda self: {"source": b"1", "target": b"2"})
+        patch.setattr("megaseq.train.trainer.write_atomically", fails)
+        with pytest.raises(OSError, match="disk full"):
+            Trainer(params, run_dir=tmp_path / "run").fit()
+    assert not (tmp_path / "run" / "vocabulary").exists()
+    assert Trainer(params, run_dir=tmp_path / "run").fit() == "finished"
+
+
+@pytest.mark.parametrize("fails", [True, False])
+def test_status_that_cannot_be_written_hides_no_error(
+    tmp_path: Path, fails: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    params = run_params(tmp_path, max_steps=8, **({"learning_rate": 1e30, "clip_norm": None} if fails else {}))
+    params.learner.skip.max_consecutive = 2
+    write = RunDirectory.write_status
+
+    def full(self: RunDirectory, *, step: int, status: str) -> None:
+        if status != "running":
+            raise OSError("disk full")
+        write(self, step=step, status=status)
+
+    recorder = Recorder()
+    trainer = Trainer(params, run_dir=tmp_path / "run", callbacks=[recorder])
+    with monkeypatch.context() as patch:
+        patch.setattr(RunDirectory, "write_status", full)
+        with pytest.raises(TrainingError if fails else OSError, match="must not skip 2" if fails else "disk full"):
+            trainer.fit()
+    assert recorder.status == ("failed" if fails else "finished")
+    assert recorder.messages[-1].endswith("disk full") is fails
+    assert trainer.run_dir._lock is None

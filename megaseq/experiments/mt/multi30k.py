@@ -1,6 +1,7 @@
 """Multi30k (Elliott et al. 2016): captions of images, German to English, 29,000 pairs.
 
-`--data-dir` holds train, val and test_2016_flickr as `NAME.de.gz` and `NAME.en.gz`, from the multi30k/dataset repository.
+`--data-dir` holds train, val and test_2016_flickr as `NAME.de.gz` and `NAME.en.gz`, from the multi30k/dataset
+repository.
 """
 
 from __future__ import annotations
