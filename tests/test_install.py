@@ -75,7 +75,8 @@ def probe(site: Path) -> str:
 def test_without_a_compiler_the_install_succeeds_and_says_so(tree: Path) -> None:
     site, printed = install(tree, CXX="/nowhere/c++", MEGASEQ_REQUIRE_NATIVE="0")
     assert "megaseq: the C++ extension could not be built" in printed
-    assert "the same data and the\nsame search, with attention equal but for rounding" in printed
+    # pip indents what a build prints, so a sentence is found by one of its lines.
+    assert "same search, with attention equal but for rounding" in printed
     assert not list(site.rglob("_csrc*.so"))
     result = probe(site)
     assert result.startswith("False [0, 1, 2] [0, 2, 3]")
