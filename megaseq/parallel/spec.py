@@ -36,3 +36,51 @@ class ParameterSpec:
     is initialised, and is to be sharded, as if it were a parameter of its own."""
     part_inits: tuple[Fill, ...] = ()
     """First values of each part, where they differ; empty: `init` for all."""
+
+
+@dataclass(frozen=True)
+class Box:
+    """A block of a global tensor, and where this process keeps it."""
+
+    start: tuple[int, ...]
+    """First element in the global tensor, by dimension."""
+    local_start: tuple[int, ...]
+    """First element in this process's tensor."""
+    size: tuple[int, ...]
+    """Elements by dimension."""
+
+    def of_global(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Returns the view of the block in the global tensor."""
+        return tensor[tuple(slice(a, a + n) for a, n in zip(self.start, self.size, strict=True))]
+
+    def of_local(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Returns the view of the block in this process's tensor."""
+        return tensor[tuple(slice(a, a + n) for a, n in zip(self.local_start, self.size, strict=True))]
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Which part of a parameter this process holds; kept as the parameter's `.shard`, absent where it is whole."""
+
+    axes: tuple[str, ...]
+    """Mesh axes along which the parameter is divided."""
+    boxes: tuple[Box, ...]
+    """What this process holds: one block for each fused part."""
+    local_shape: tuple[int, ...]
+    """Shape of this process's tensor."""
+
+
+class Exchange(Protocol):
+    """What a sharded linear map does with its input and output; None where the map is whole."""
+
+    def enter(self, x: torch.Tensor) -> torch.Tensor:
+        """Returns what the local product reads."""
+
+    def leave(self, y: torch.Tensor) -> torch.Tensor:
+        """Returns the output, of the local product without bias."""
+
+
+def shard_of(parameter: torch.Tensor) -> Shard | None:
+    """Returns the shard that this process holds of a parameter; None: all of it."""
+    shard: Shard | None = getattr(parameter, "shard", None)
+    return shard

@@ -9,6 +9,7 @@ from megaseq.checkpoint import Checkpointer, WarmStart
 from megaseq.data.input import Input
 from megaseq.data.vocabulary import Vocabulary
 from megaseq.learner import Learner
+from megaseq.parallel.layout import Parallel
 from megaseq.tasks.base import BaseTask
 from megaseq.train.program import Program
 from megaseq.train.tracking import Tracking
@@ -36,6 +37,8 @@ class Run(Configurable):
         """Optimizer, schedule, clipping, moving average."""
         train: Program.Params = REQUIRED
         """How long, how precise, and what runs between the steps."""
+        parallel: Parallel.Params = Parallel.Params()
+        """How the processes share the work; the result does not depend on it."""
         checkpoint: Checkpointer.Params = Checkpointer.Params()
         """When to save and what to keep."""
         tracking: Tracking.Params = Tracking.Params()
@@ -107,6 +110,10 @@ class Experiment:
         """How long, how precise, and what runs between the steps."""
         raise NotImplementedError(f"{type(self).__qualname__} must define train()")
 
+    def parallel(self) -> Parallel.Params:
+        """How the processes share the work."""
+        return Parallel.Params()
+
     def checkpoint(self) -> Checkpointer.Params:
         """When to save and what to keep."""
         return Checkpointer.Params()
@@ -131,6 +138,7 @@ class Experiment:
             init_from=self.init_from(),
             learner=self.learner(),
             train=self.train(),
+            parallel=self.parallel(),
             checkpoint=self.checkpoint(),
             tracking=self.tracking(),
         )
