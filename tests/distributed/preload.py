@@ -5,15 +5,15 @@ import os
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
-import torch  # noqa: E402
-import torch._dynamo  # noqa: E402, F401
-import torch.distributed.checkpoint  # noqa: E402, F401
-import torch.distributed.pipelining  # noqa: E402, F401
+import torch
+import torch._dynamo
+import torch.distributed.checkpoint
+import torch.distributed.pipelining
 
 with contextlib.suppress(ImportError):
-    import deepspeed  # noqa: F401
+    import deepspeed
     import deepspeed.runtime.zero.stage3  # noqa: F401
 
-import megaseq.train.trainer  # noqa: E402, F401
+import megaseq.train.trainer  # noqa: F401
 
 torch.set_num_threads(1)
