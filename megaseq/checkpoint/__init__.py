@@ -7,6 +7,7 @@ from megaseq.checkpoint.checkpointer import Checkpointer
 from megaseq.checkpoint.directory import find_checkpoint, list_steps
 from megaseq.checkpoint.inspect import inspect
 from megaseq.checkpoint.manifest import DamagedError
+from megaseq.checkpoint.piece import Piece, fragment_pieces, shard_pieces, whole_piece
 from megaseq.checkpoint.reading import OpenCheckpoint, Restored, load_checkpoint
 from megaseq.checkpoint.safetensors_file import export_safetensors
 from megaseq.checkpoint.warm_start import WarmStart, WarmStartReport, WarmStartRule, init_from
@@ -15,6 +16,7 @@ __all__ = [
     "Checkpointer",
     "DamagedError",
     "OpenCheckpoint",
+    "Piece",
     "Restored",
     "WarmStart",
     "WarmStartReport",
@@ -22,10 +24,13 @@ __all__ = [
     "average",
     "export_safetensors",
     "find_checkpoint",
+    "fragment_pieces",
     "init_from",
     "inspect",
     "list_steps",
     "load_checkpoint",
     "newest",
+    "shard_pieces",
+    "whole_piece",
     "write_average",
 ]
