@@ -28,6 +28,10 @@ class StepContext:
     """Optimiser steps done."""
     micro_batch: int = 0
     """Index of the micro-batch within the step, over all data-parallel ranks."""
+    row_start: int = 0
+    """Number, in the step's global batch, of the first row that the forward pass has."""
+    row_stride: int = 1
+    """From one row that the forward pass has to the next, in the numbers of the global batch: data-parallel ranks."""
 
 
 def stable_hash(text: str) -> int:
