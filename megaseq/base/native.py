@@ -4,7 +4,7 @@ Every function of the extension has a NumPy or torch twin that gives the same va
 `extension()` and take their twin when it returns None:
 
 - data/order.py `permute`, data/packing.py `pack`: integers, equal element by element.
-- kernels/dropout: `dropout_mask` and `dropout_apply`; the formula is in csrc/dropout.h.
+- kernels/dropout: `dropout_mask`, `dropout_apply` and `dropout_apply_runs`; the formula is in csrc/dropout.h.
 
 One is equal but for rounding: attention within segments, kernels/attention/host.py, whose twin is segments.py.
 
@@ -21,7 +21,7 @@ from typing import Any
 
 # Raised together with `interface_version` in csrc/module.cc whenever a signature or a result changes: an extension that
 # an older checkout built must not be mixed with newer Python.
-INTERFACE_VERSION = 3
+INTERFACE_VERSION = 4
 
 _logger = logging.getLogger("megaseq")
 

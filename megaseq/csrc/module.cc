@@ -16,7 +16,7 @@ namespace nb = nanobind;
 namespace {
 
 // Equal to INTERFACE_VERSION in base/native.py.
-constexpr int kInterfaceVersion = 3;
+constexpr int kInterfaceVersion = 4;
 
 // Any shape, elements in order: NumPy arrays and, through DLPack, torch tensors.
 template <typename T>
@@ -62,6 +62,36 @@ void dropout_apply_bfloat16(Array<const std::uint16_t> input, Array<std::uint16_
           "_csrc.dropout_apply_bfloat16: must have as many outputs as inputs, but has not.");
   nb::gil_scoped_release release;
   megaseq::dropout_apply_bfloat16(input.data(), output.data(), input.size(), {key, offset, threshold}, scale);
+}
+
+// A part of a larger tensor that is not one run of its elements: runs of equal length, each with the number of its first.
+template <typename T, typename Apply>
+void dropout_runs(const Array<const T>& input, const Array<T>& output, const Array<const std::int64_t>& offsets,
+                  Apply apply) {
+  const std::size_t runs = offsets.size();
+  require(input.size() == output.size() && (runs == 0 ? input.size() == 0 : input.size() % runs == 0),
+          "_csrc.dropout_apply_runs: must have runs of equal length and as many outputs as inputs, but has not.");
+  nb::gil_scoped_release release;
+  const std::size_t width = runs == 0 ? 0 : input.size() / runs;
+  for (std::size_t run = 0; run < runs; ++run) {
+    apply(input.data() + run * width, output.data() + run * width, width,
+          static_cast<std::uint64_t>(offsets.data()[run]));
+  }
+}
+
+void dropout_apply_runs(Array<const float> input, Array<float> output, std::uint64_t key,
+                        Array<const std::int64_t> offsets, std::uint32_t threshold, float scale) {
+  dropout_runs(input, output, offsets, [=](const float* from, float* to, std::size_t width, std::uint64_t offset) {
+    megaseq::dropout_apply(from, to, width, {key, offset, threshold}, scale);
+  });
+}
+
+void dropout_apply_runs_bfloat16(Array<const std::uint16_t> input, Array<std::uint16_t> output, std::uint64_t key,
+                                 Array<const std::int64_t> offsets, std::uint32_t threshold, float scale) {
+  dropout_runs(input, output, offsets,
+               [=](const std::uint16_t* from, std::uint16_t* to, std::size_t width, std::uint64_t offset) {
+                 megaseq::dropout_apply_bfloat16(from, to, width, {key, offset, threshold}, scale);
+               });
 }
 
 // Tokens, heads, width of a head, with any strides but neighbouring elements in a head.
@@ -119,6 +149,10 @@ NB_MODULE(_csrc, module) {
              "threshold"_a, "scale"_a);
   module.def("dropout_apply_bfloat16", &dropout_apply_bfloat16, "input"_a.noconvert(), "output"_a.noconvert(),
              "key"_a, "offset"_a, "threshold"_a, "scale"_a);
+  module.def("dropout_apply_runs", &dropout_apply_runs, "input"_a.noconvert(), "output"_a.noconvert(), "key"_a,
+             "offsets"_a.noconvert(), "threshold"_a, "scale"_a);
+  module.def("dropout_apply_runs_bfloat16", &dropout_apply_runs_bfloat16, "input"_a.noconvert(),
+             "output"_a.noconvert(), "key"_a, "offsets"_a.noconvert(), "threshold"_a, "scale"_a);
   module.def("attention_forward", &attention_forward, "query"_a.noconvert(), "key"_a.noconvert(),
              "value"_a.noconvert(), "output"_a.noconvert(), "probabilities"_a.noconvert(), "segments"_a.noconvert(),
              "causal"_a, "scale"_a, "num_threads"_a);

@@ -9,21 +9,25 @@ import torch
 from torch import Tensor
 
 from megaseq.base import native
-from megaseq.kernels.checks import check_floating, check_like, check_rate, check_shape
+from megaseq.kernels.checks import check_floating, check_like, check_rate, check_shape, fail
 from megaseq.kernels.dispatch import choose
-from megaseq.kernels.dropout.host import host_keep_mask, native_apply
-from megaseq.kernels.dropout.reference import keep_mask, threshold_of
+from megaseq.kernels.dropout.host import host_keep_mask, host_keep_mask_of_runs, native_apply
+from megaseq.kernels.dropout.reference import keep_mask, keep_mask_of_runs, threshold_of
 from megaseq.kernels.functions import apply_one
 
-__all__ = ["DropoutKey", "DropoutMask", "dropout", "dropout_add", "mix_key"]
+__all__ = ["DropoutKey", "DropoutMask", "Start", "dropout", "dropout_add", "mix_key"]
 
 DropoutKey = tuple[int, int, int]
 """(seed, step, number of the place): what a mask is a function of, such as `Layer.dropout_key()`."""
 
+Start = int | Tensor
+"""Where a tensor stands in a larger one: the number of its first element, the others following row-major; or int64 [R],
+the number of the first element of each of R runs of equal length, which one after the other are the tensor."""
+
 _WORD64 = 0xFFFFFFFFFFFFFFFF
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class DropoutMask:
     """Which elements of a tensor become zero."""
 
@@ -31,8 +35,8 @@ class DropoutMask:
     """Chance of an element to become zero, in [0, 1)."""
     key: DropoutKey
     """What the mask is a function of."""
-    offset: int = 0
-    """Number of the tensor's first element, where the tensor is a part of a larger one."""
+    offset: Start = 0
+    """Where the tensor stands, if it is a part of a larger one."""
 
 
 def mix_key(key: DropoutKey) -> int:
@@ -46,30 +50,31 @@ def mix_key(key: DropoutKey) -> int:
     return state
 
 
-def dropout(values: Tensor, *, rate: float, key: DropoutKey, offset: int = 0) -> Tensor:
+def dropout(values: Tensor, *, rate: float, key: DropoutKey, offset: Start = 0) -> Tensor:
     """Sets elements to zero at random and scales the others by 1 / (1 - rate) (Srivastava et al. 2014).
 
     Args:
         values: any shape.
         rate: chance of an element to become zero, in [0, 1).
         key: what the choice of elements is a function of.
-        offset: number of the first element, where `values` is a part of a larger tensor; the others follow row-major.
+        offset: where `values` stands, if it is a part of a larger tensor.
 
     Returns:
         A tensor like `values`, or `values` itself if the rate is 0.
 
     Raises:
-        KernelError: for a rate outside [0, 1), numbers that are not floating point, or an implementation asked for in
-            `MEGASEQ_KERNELS` that cannot run this call.
+        KernelError: for a rate outside [0, 1), numbers that are not floating point, runs that `values` does not consist
+            of, or an implementation asked for in `MEGASEQ_KERNELS` that cannot run this call.
     """
     check_rate(rate, op="dropout")
     check_floating(values, op="dropout", argument="values")
+    _check_start(offset, op="dropout", values=values)
     if rate == 0.0:
         return values
     return apply_one(_Dropout, values, None, DropoutMask(rate, key, offset))
 
 
-def dropout_add(values: Tensor, *, residual: Tensor, rate: float, key: DropoutKey, offset: int = 0) -> Tensor:
+def dropout_add(values: Tensor, *, residual: Tensor, rate: float, key: DropoutKey, offset: Start = 0) -> Tensor:
     """`residual + dropout(values)`: the end of every residual branch.
 
     Args:
@@ -77,7 +82,7 @@ def dropout_add(values: Tensor, *, residual: Tensor, rate: float, key: DropoutKe
         residual: the same shape, dtype and device.
         rate: chance of an element of `values` to become zero, in [0, 1).
         key: what the choice of elements is a function of.
-        offset: number of the first element, as in `dropout`.
+        offset: as in `dropout`.
 
     Returns:
         A tensor like `values`.
@@ -87,11 +92,32 @@ def dropout_add(values: Tensor, *, residual: Tensor, rate: float, key: DropoutKe
     """
     check_rate(rate, op="dropout_add")
     check_floating(values, op="dropout_add", argument="values")
+    _check_start(offset, op="dropout_add", values=values)
     check_shape(residual, op="dropout_add", argument="residual", shape=tuple(values.shape), legend="that of values")
     check_like(residual, op="dropout_add", argument="residual", other=values, other_name="values")
     if rate == 0.0:
         return residual + values
     return apply_one(_Dropout, values, residual, DropoutMask(rate, key, offset))
+
+
+def _check_start(offset: Start, *, op: str, values: Tensor) -> None:
+    """Checks that runs are int64 [R] on the device of `values`, and that it consists of R of them.
+
+    Raises:
+        KernelError: if not.
+    """
+    if isinstance(offset, int):
+        return
+    fits = offset.dim() == 1 and offset.dtype is torch.int64 and offset.device == values.device
+    count = offset.numel()
+    if not fits or (values.numel() % count if count else values.numel()):
+        raise fail(
+            "offset",
+            op=op,
+            expected=f"be int64 [R] on {values.device} with R that divides {values.numel()} elements",
+            came=f"{offset.dtype} {list(offset.shape)} on {offset.device}",
+            remedy="Give one number for each run",
+        )
 
 
 class _Dropout(torch.autograd.Function):
@@ -140,12 +166,21 @@ def _apply(values: Tensor, *, mask: DropoutMask) -> Tensor:
     key, threshold = mix_key(mask.key), threshold_of(mask.rate)
     if chosen == "native":
         return native_apply(
-            values.detach(), extension=extension, key=key, offset=mask.offset, threshold=threshold, scale=scale
+            values.detach(), extension=extension, key=key, start=mask.offset, threshold=threshold, scale=scale
         )
-    count = values.numel()
-    if on_cpu:
-        kept = host_keep_mask(count, key=key, offset=mask.offset, threshold=threshold)
-    else:
-        kept = keep_mask(count, key=key, offset=mask.offset, threshold=threshold, device=values.device)
+    kept = _kept(values, key=key, start=mask.offset, threshold=threshold)
     # Filled and not multiplied: a dropped infinity becomes 0 and not NaN.
     return (values * scale).masked_fill_(~kept.view(values.shape), 0.0)
+
+
+def _kept(values: Tensor, *, key: int, start: Start, threshold: int) -> Tensor:
+    """Which elements of `values` are kept, without the extension: bool, in the order of its elements."""
+    on_cpu, count = values.device.type == "cpu", values.numel()
+    if isinstance(start, int):
+        if on_cpu:
+            return host_keep_mask(count, key=key, offset=start, threshold=threshold)
+        return keep_mask(count, key=key, offset=start, threshold=threshold, device=values.device)
+    width = count // max(start.numel(), 1)
+    if on_cpu:
+        return host_keep_mask_of_runs(start, width=width, key=key, threshold=threshold)
+    return keep_mask_of_runs(start, width=width, key=key, threshold=threshold)

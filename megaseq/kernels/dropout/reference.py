@@ -18,11 +18,22 @@ def threshold_of(rate: float) -> int:
 
 
 def keep_mask(count: int, *, key: int, offset: int, threshold: int, device: torch.device) -> Tensor:
-    """Which of the elements `offset` to `offset + count` are kept: bool [count].
+    """Which of the elements `offset` to `offset + count` are kept: bool [count]."""
+    index = torch.arange(offset, offset + count, dtype=torch.int64, device=device)
+    return kept_elements(index, key=key, threshold=threshold)
+
+
+def keep_mask_of_runs(runs: Tensor, *, width: int, key: int, threshold: int) -> Tensor:
+    """Which elements of runs that begin at elements `runs` [R] are kept: bool [R, width]."""
+    places = torch.arange(width, dtype=torch.int64, device=runs.device)
+    return kept_elements(runs[:, None] + places, key=key, threshold=threshold)
+
+
+def kept_elements(index: Tensor, *, key: int, threshold: int) -> Tensor:
+    """Which of the elements `index` (int64, any shape) are kept: bool of that shape.
 
     All words are held in int64, where a product of two of them may wrap and its low 32 bits are still right.
     """
-    index = torch.arange(offset, offset + count, dtype=torch.int64, device=device)
     low, high = index & WORD, (index >> 32) & WORD
     word = (low * STRIDE + (key & WORD)) & WORD
     word = ((word ^ (word >> 16)) * FIRST_MULTIPLIER) & WORD

@@ -12,8 +12,8 @@ from megaseq.base import native
 from megaseq.kernels import dropout, dropout_add
 from megaseq.kernels.checks import KernelError
 from megaseq.kernels.dropout import mix_key
-from megaseq.kernels.dropout.host import host_keep_mask
-from megaseq.kernels.dropout.reference import keep_mask, threshold_of
+from megaseq.kernels.dropout.host import host_keep_mask, host_keep_mask_of_runs
+from megaseq.kernels.dropout.reference import keep_mask, keep_mask_of_runs, threshold_of
 
 KEY = (1, 20, 300)
 CPU = torch.device("cpu")
@@ -51,6 +51,47 @@ def test_all_implementations_agree_bit_by_bit(key: int, offset: int, count: int,
         found = np.zeros(count, dtype=np.uint8)
         extension.dropout_mask(found, key, offset, threshold)
         assert found.astype(bool).tolist() == expected
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    key=st.integers(0, 2**64 - 1),
+    starts=st.lists(st.one_of(st.integers(0, 2**40), st.integers(2**32 - 50, 2**32 + 50)), min_size=1, max_size=5),
+    width=st.integers(1, 90),
+    rate=st.floats(0.0, 0.99),
+)
+def test_all_implementations_agree_bit_by_bit_on_runs(key: int, starts: list[int], width: int, rate: float) -> None:
+    threshold, runs = threshold_of(rate), torch.tensor(starts)
+    expected = [[slow_keep(first + i, key=key, threshold=threshold) for i in range(width)] for first in starts]
+    assert keep_mask_of_runs(runs, width=width, key=key, threshold=threshold).tolist() == expected
+    assert host_keep_mask_of_runs(runs, width=width, key=key, threshold=threshold).tolist() == expected
+    extension = native.extension()
+    if extension is not None:
+        found = np.zeros((len(starts), width), dtype=np.float32)
+        extension.dropout_apply_runs(np.ones_like(found), found, key, runs.numpy(), threshold, 1.0)
+        assert (found != 0).tolist() == expected
+
+
+def test_many_runs_are_done_in_pieces() -> None:
+    runs = torch.arange(1000) * 977 + (torch.arange(1000) % 7) * 2**33
+    expected = keep_mask_of_runs(runs, width=100, key=5, threshold=2**31)
+    assert torch.equal(host_keep_mask_of_runs(runs, width=100, key=5, threshold=2**31), expected)
+
+
+@pytest.mark.parametrize("kernels", ["auto", "dropout=reference"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_slices_have_the_masks_of_the_whole(kernels: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A block of columns of some rows, given by the number of the first element of each of its rows."""
+    monkeypatch.setenv("MEGASEQ_KERNELS", kernels)
+    values = torch.randn(10, 8, dtype=dtype)
+    whole = dropout(values, rate=0.5, key=KEY)
+    rows = torch.tensor([7, 2, 3])
+    block = dropout(values[rows, 3:6], rate=0.5, key=KEY, offset=rows * 8 + 3)
+    assert torch.equal(block, whole[rows, 3:6])
+    part = values[rows, 3:6].clone().requires_grad_()
+    dropout_add(part, residual=part.detach(), rate=0.5, key=KEY, offset=rows * 8 + 3).sum().backward()
+    assert torch.equal(part.grad != 0, whole[rows, 3:6] != 0)
+    assert dropout(values[:0], rate=0.5, key=KEY, offset=rows[:0]).shape == (0, 8)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
@@ -130,6 +171,9 @@ def test_errors() -> None:
         dropout(torch.zeros(2, dtype=torch.int64), rate=0.5, key=KEY)
     with pytest.raises(KernelError, match="dropout_add: residual must have shape"):
         dropout_add(torch.zeros(2), residual=torch.zeros(3), rate=0.5, key=KEY)
+    for runs in (torch.zeros(2, dtype=torch.int64), torch.zeros(3), torch.zeros(0, dtype=torch.int64)):
+        with pytest.raises(KernelError, match=r"dropout: offset must be int64 \[R\] on cpu with R that divides 3"):
+            dropout(torch.zeros(3), rate=0.5, key=KEY, offset=runs)
 
 
 def test_asking_for_what_is_not_there_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
