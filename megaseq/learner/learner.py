@@ -13,7 +13,7 @@ from torch import Tensor
 from megaseq.base import REQUIRED, Configurable, Problem
 from megaseq.base.errors import CheckpointError, TrainingError
 from megaseq.learner.adamw import AdamW
-from megaseq.learner.clipping import SquaredNormReduction, clip_coefficient, global_norm
+from megaseq.learner.clipping import CountedViews, SquaredNormReduction, clip_coefficient, global_norm
 from megaseq.learner.ema import MovingAverage
 from megaseq.learner.optimizer import Optimizer, copy_named
 from megaseq.learner.rules import ParameterRule, assign, listing
@@ -99,6 +99,7 @@ class Learner(Configurable):
         *,
         named_parameters: Mapping[str, Tensor],
         reduce_squared_norm: SquaredNormReduction | None = None,
+        counted: CountedViews | None = None,
     ) -> None:
         """Allocates the optimizer's state.
 
@@ -107,6 +108,7 @@ class Learner(Configurable):
             named_parameters: fp32 parameters by full path, for example "task.encoder.layers.0.ffn.up.weight", on one
                 device. They are updated in place.
             reduce_squared_norm: Sums the squared gradient norm over ranks when each holds a part of the gradients.
+            counted: Says what of a gradient this rank counts in the norm; None is all.
 
         Raises:
             ParamsError: When a pattern matches nothing.
@@ -116,6 +118,7 @@ class Learner(Configurable):
         _check_parameters(named_parameters)
         self._parameters = dict(named_parameters)
         self._reduce = reduce_squared_norm
+        self._counted = counted
         self.assignment = assign(
             self._parameters,
             freeze=p.freeze_patterns,
@@ -167,8 +170,8 @@ class Learner(Configurable):
         """
         self._forbid_averages("update")
         gradients, num_missing = self._gradients(grads)
-        flat = [gradient for group in gradients for gradient in group]
-        norm = global_norm(flat, reduce=self._reduce) * gradient_scale
+        counted = self._counted_gradients(gradients)
+        norm = global_norm(counted, reduce=self._reduce, device=self.optimizer.device) * gradient_scale
         reason = self.skip.judge(norm)
         rate = self.learning_rate(step)
         coefficient = 0.0
@@ -211,6 +214,16 @@ class Learner(Configurable):
                 row.append(gradient)
             collected.append(row)
         return collected, num_missing
+
+    def _counted_gradients(self, gradients: list[list[Tensor]]) -> list[Tensor]:
+        if self._counted is None:
+            return [gradient for group in gradients for gradient in group]
+        return [
+            view
+            for group, row in zip(self.assignment.groups, gradients, strict=True)
+            for name, gradient in zip(group.names, row, strict=True)
+            for view in self._counted(name, gradient)
+        ]
 
     def _zero_gradient(self, name: str, parameter: Tensor) -> Tensor:
         # Kept, because a parameter without a gradient usually stays so. SGD's weight decay writes into it.
@@ -290,20 +303,32 @@ class Learner(Configurable):
             CheckpointError: When the state is of another optimizer or other parameters.
         """
         self._forbid_averages("load")
+        self._check_state(state)
+        prefixes = (OPTIMIZER_PREFIX, AVERAGE_PREFIX)
+        given = {name: tensor for name, tensor in tensors.items() if name.startswith(prefixes)}
+        copy_named(self.state_tensors(), given, what="learner.load")
+        self.load_counts(state)
+
+    def load_counts(self, state: Mapping[str, Any]) -> None:
+        """Takes back what `state` returned, where the tensors of `state_tensors` were written to in place.
+
+        Raises:
+            CheckpointError: When the state is of another optimizer.
+        """
+        self._check_state(state)
+        self.optimizer.num_updates = int(state["num_updates"])
+        self.num_skipped = int(state["num_skipped"])
+        self.num_consecutive_skips = int(state["num_consecutive_skips"])
+        if self.skip.tracker is not None and state.get("tracker") is not None:
+            self.skip.tracker.load(state["tracker"])
+
+    def _check_state(self, state: Mapping[str, Any]) -> None:
         name = type(self.optimizer).__name__
         if state.get("optimizer") != name:
             raise CheckpointError(
                 f"learner.load: must get the state of {name}, but it is of {state.get('optimizer')}. "
                 "Resume with the optimizer of the run, or start anew from its weights."
             )
-        prefixes = (OPTIMIZER_PREFIX, AVERAGE_PREFIX)
-        given = {name: tensor for name, tensor in tensors.items() if name.startswith(prefixes)}
-        copy_named(self.state_tensors(), given, what="learner.load")
-        self.optimizer.num_updates = int(state["num_updates"])
-        self.num_skipped = int(state["num_skipped"])
-        self.num_consecutive_skips = int(state["num_consecutive_skips"])
-        if self.skip.tracker is not None and state.get("tracker") is not None:
-            self.skip.tracker.load(state["tracker"])
 
 
 def _check_parameters(named_parameters: Mapping[str, Tensor]) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import itertools
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -13,16 +12,24 @@ from torch import Tensor
 
 from megaseq.base import NestedMap
 from megaseq.checkpoint import WarmStart, WarmStartReport
-from megaseq.layers.base import bind, initialize
+from megaseq.checkpoint.piece import Piece
 from megaseq.learner import Learner
+from megaseq.parallel.gradients import all_reduce_sum
+from megaseq.parallel.layout import Parallel
+from megaseq.parallel.mesh import Mesh
 from megaseq.tasks.base import BaseTask, LossOutput
 from megaseq.train.device import move
-from megaseq.train.precision import MasterWeights, autocast, resolve_precision
+from megaseq.train.model import build_task
+from megaseq.train.precision import autocast, resolve_precision
+from megaseq.train.rows import MicroBatch, micro_batches, split_rows
+from megaseq.train.updaters import Updater, make_updater
+
+__all__ = ["Engine", "StepResult", "named_state", "split_rows"]
 
 
 @dataclasses.dataclass(frozen=True)
 class StepResult:
-    """What one optimiser step did; plain numbers, read from the device once."""
+    """What one optimiser step did over all ranks; plain numbers, read from the device once."""
 
     loss_sum: float
     weight: float
@@ -31,20 +38,6 @@ class StepResult:
     learning_rate: float
     skipped: str
     """Why the step changed nothing, its gradient being non-finite or an outlier; empty where it did."""
-
-
-def split_rows(batch: NestedMap, *, parts: int) -> list[NestedMap]:
-    """Splits the rows of every tensor of `batch` into `parts` runs of equal length, the last ones one shorter.
-
-    A batch of fewer rows than parts gives one part a row.
-    """
-    if parts == 1:
-        return [batch]
-    tensors = batch.flatten()
-    rows = tensors[0].shape[0]
-    parts = min(parts, rows)
-    bounds = [rows * index // parts for index in range(parts + 1)]
-    return [batch.pack([tensor[start:stop] for tensor in tensors]) for start, stop in itertools.pairwise(bounds)]
 
 
 class Engine:
@@ -59,36 +52,61 @@ class Engine:
         precision: str = "auto",
         accumulation: int = 1,
         device: torch.device | str = "cpu",
+        mesh: Mesh | None = None,
+        parallel: Parallel.Params | None = None,
     ) -> None:
+        """Builds what this rank has of the model and its state; all ranks do so at the same time.
+
+        Args:
+            task_params: complete.
+            learner_params: of the run.
+            seed: of initial weights and dropout.
+            precision: auto, fp32, bf16 or bf16_autocast.
+            accumulation: micro-batches of a step.
+            device: of this process.
+            mesh: where this process stands; None is one process.
+            parallel: how the ranks share the work; None with no mesh.
+
+        Raises:
+            ParamsError: the model or the learner does not go with `parallel`.
+        """
         self.device = torch.device(device)
         self.precision = resolve_precision(precision, device=self.device)
-        self.task: BaseTask = task_params.instantiate()
-        self.task.to(self.device)
-        initialize(self.task, seed=seed, prefix="task")
-        self._context = bind(self.task, seed=seed, prefix="task")
-        self._weights = MasterWeights(self.task, precision=self.precision)
-        self.learner: Learner = learner_params.instantiate(
-            named_parameters={f"task.{name}": master for name, master in self._weights.masters.items()}
+        self.mesh = mesh
+        self.parallel = Parallel.Params() if parallel is None else parallel
+        built = build_task(task_params, seed=seed, device=self.device, mesh=mesh, parallel=self.parallel)
+        self.task: BaseTask = built.task
+        self.context = built.context
+        self.updater: Updater = make_updater(
+            self.task,
+            learner_params=learner_params,
+            precision=self.precision,
+            mesh=mesh,
+            parallel=self.parallel,
         )
         self._accumulation = accumulation
+        self._data_group = mesh.group("data") if mesh is not None else None
+        self._loss_group = mesh.group("data", "context") if mesh is not None else None
+
+    @property
+    def learner(self) -> Learner:
+        """Optimizer, schedule, counts and skip statistics."""
+        return self.updater.learner
 
     def train_step(self, batch: NestedMap, *, step: int) -> StepResult:
-        """Does optimiser step `step` (0 is the first) on `batch`.
+        """Does optimiser step `step` (0 is the first) on `batch`, this data rank's rows of the global batch.
 
-        Rows are split into micro-batches; gradients are those of the loss summed over all of them and divided by
-        their total weight, so the split changes no more than rounding.
+        Rows are split into micro-batches; gradients are those of the loss summed over all of them, and over all
+        ranks, and divided by their total weight, so the split changes no more than rounding.
         """
         self.task.train()
         batch = self.to_device(batch)
-        weight = self.task.loss_weight(batch)
+        weight = all_reduce_sum(self.task.loss_weight(batch), group=self._data_group)
         scale = 1.0 / weight.clamp_min(1e-8)
-        outputs: list[LossOutput] = []
-        for index, micro_batch in enumerate(split_rows(batch, parts=self._accumulation)):
-            outputs.append(self._accumulate(micro_batch, step=step, index=index, scale=scale))
-        update = self.learner.update(step=step)
-        self._weights.publish()
-        self._weights.clear_gradients()
-        sums = _read(outputs)
+        parts = self.micro_batches(batch)
+        outputs = [self._accumulate(part, step=step, scale=scale, last=part is parts[-1]) for part in parts]
+        update = self.updater.update(step=step)
+        sums = self._read(outputs)
         loss_sum, loss_weight = sums.pop("loss")
         return StepResult(
             loss_sum=loss_sum,
@@ -99,21 +117,47 @@ class Engine:
             skipped=update.skipped,
         )
 
-    def _accumulate(self, batch: NestedMap, *, step: int, index: int, scale: Tensor) -> LossOutput:
-        self._context.step, self._context.micro_batch = step, index
+    def micro_batches(self, batch: NestedMap, *, parts: int = 0) -> list[MicroBatch]:
+        """Splits this data rank's rows into `parts` micro-batches (0: `accumulation`), with their global numbers."""
+        data_rank, data_ranks = (self.mesh.index("data"), self.mesh.size("data")) if self.mesh is not None else (0, 1)
+        return micro_batches(batch, parts=parts or self._accumulation, data_rank=data_rank, data_ranks=data_ranks)
+
+    def place(self, part: MicroBatch, *, step: int) -> None:
+        """Tells all layers which rows of which step the next forward pass has: dropout is a function of these."""
+        self.context.step, self.context.micro_batch = step, part.index
+        self.context.row_start, self.context.row_stride = part.row_start, part.row_stride
+
+    def _accumulate(self, part: MicroBatch, *, step: int, scale: Tensor, last: bool) -> LossOutput:
+        self.place(part, step=step)
         with autocast(self.precision, device=self.device):
-            output = self.task.compute_loss(batch)
-        (output.loss_sum * scale).backward()  # type: ignore[no-untyped-call]
-        self._weights.collect_gradients(first=index == 0)
+            output = self.task.compute_loss(part.batch)
+        self.updater.backward(output.loss_sum * scale, first=part.index == 0, last=last)
         return dataclasses.replace(output, loss_sum=output.loss_sum.detach())
+
+    def _read(self, outputs: list[LossOutput]) -> dict[str, tuple[float, float]]:
+        """Returns the (sum, weight) pairs of all micro-batches and ranks together; one transfer from the device."""
+        names = ["loss", *outputs[0].metrics]
+        rows = [
+            torch.stack([value.detach().float() for pair in pairs for value in pair])
+            for pairs in ([(output.loss_sum, output.weight), *output.metrics.values()] for output in outputs)
+        ]
+        total = all_reduce_sum(torch.stack(rows).double().sum(dim=0), group=self._loss_group)
+        flat: list[float] = total.tolist()
+        return {name: (flat[2 * index], flat[2 * index + 1]) for index, name in enumerate(names)}
 
     @contextlib.contextmanager
     def evaluating(self, *, averaged: bool = True) -> Iterator[BaseTask]:
-        """Gives the task in evaluation mode, with the moving average as its weights where the learner keeps one."""
-        weights = self.learner.averages(on_change=self._weights.publish) if averaged else contextlib.nullcontext()
+        """Gives the task in evaluation mode, with the moving average as its weights where the learner keeps one.
+
+        All ranks enter and leave it together.
+        """
         self.task.eval()
         try:
-            with weights, torch.inference_mode(), autocast(self.precision, device=self.device):
+            with (
+                self.updater.evaluating(averaged=averaged),
+                torch.inference_mode(),
+                autocast(self.precision, device=self.device),
+            ):
                 yield self.task
         finally:
             self.task.train()
@@ -122,13 +166,18 @@ class Engine:
         """Returns `batch` with its tensors on the engine's device."""
         return move(batch, device=self.device)
 
-    def state_tensors(self) -> dict[str, Tensor]:
-        """Returns all tensors that a checkpoint keeps, by logical name: fp32 weights and the learner's state."""
-        return self._weights_by_name() | self.learner.state_tensors()
+    def pieces(self) -> list[Piece]:
+        """Returns what this process holds of all that a checkpoint keeps: fp32 weights and the learner's state."""
+        return self.updater.pieces()
 
-    def _weights_by_name(self) -> dict[str, Tensor]:
-        masters = {f"task.{name}": master.detach() for name, master in self._weights.masters.items()}
-        return named_state(self.task) | masters
+    def loaded(self, *, learner_state: Mapping[str, Any]) -> None:
+        """To be called after the tensors of `pieces` were written to in place; `learner_state` is `learner.state()`."""
+        self.learner.load_counts(learner_state)
+        self.updater.publish()
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        """Returns all tensors that a checkpoint keeps, by logical name; only where this process holds them whole."""
+        return {piece.name: piece.tensor for piece in self.updater.pieces()}
 
     def warm_start(self, source: WarmStart) -> WarmStartReport:
         """Begins with the parameters of another run; moving averages begin with the loaded values.
@@ -136,10 +185,10 @@ class Engine:
         Raises:
             CheckpointError: the other checkpoint does not hold what is asked for.
         """
-        report = source.load(self._weights_by_name())
+        report = source.load({piece.name: piece.tensor for piece in self.updater.parameter_pieces()})
         if self.learner.ema is not None:
             self.learner.ema.restart()
-        self._weights.publish()
+        self.updater.publish()
         return report
 
     def load_state(self, tensors: Mapping[str, Tensor], *, learner_state: Mapping[str, Any]) -> None:
@@ -149,20 +198,9 @@ class Engine:
                 if tensor is not tensors[name]:
                     tensor.copy_(tensors[name])
         self.learner.load(tensors=tensors, state=learner_state)
-        self._weights.publish()
+        self.updater.publish()
 
 
 def named_state(task: BaseTask) -> dict[str, Tensor]:
     """Returns the parameters and persistent buffers of `task`, detached, under the names that checkpoints give them."""
     return {f"task.{name}": tensor.detach() for name, tensor in task.state_dict(keep_vars=True).items()}
-
-
-def _read(outputs: list[LossOutput]) -> dict[str, tuple[float, float]]:
-    """Returns the (sum, weight) pairs of all micro-batches together; one transfer from the device."""
-    names = ["loss", *outputs[0].metrics]
-    rows = [
-        torch.stack([value.detach().float() for pair in pairs for value in pair])
-        for pairs in ([(output.loss_sum, output.weight), *output.metrics.values()] for output in outputs)
-    ]
-    flat: list[float] = torch.stack(rows).double().sum(dim=0).tolist()
-    return {name: (flat[2 * index], flat[2 * index + 1]) for index, name in enumerate(names)}

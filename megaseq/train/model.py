@@ -1,0 +1,71 @@
+"""Builds the task of a process: all of it, or the part that the layout gives to this rank."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from megaseq.base.errors import ParamsError, must
+from megaseq.layers.base import StepContext, bind, initialize
+from megaseq.parallel.layout import Parallel
+from megaseq.parallel.mesh import Mesh
+from megaseq.tasks.base import BaseTask
+
+
+@dataclass(frozen=True)
+class BuiltTask:
+    """An initialised task on its device."""
+
+    task: BaseTask
+    context: StepContext
+    """Of all its layers; the engine moves it on."""
+
+
+def build_task(
+    params: BaseTask.Params,
+    *,
+    seed: int,
+    device: torch.device,
+    mesh: Mesh | None = None,
+    parallel: Parallel.Params | None = None,
+) -> BuiltTask:
+    """Builds the task, takes this rank's part of it, and gives the parameters their first values.
+
+    Memory of parameters is not touched before `initialize`, which fills one at a time, so a rank needs no room for
+    what others hold.
+
+    Args:
+        params: complete.
+        seed: of the run.
+        device: where the task computes.
+        mesh: None is one process.
+        parallel: of the run; None with no mesh.
+
+    Raises:
+        ParamsError: the task cannot be divided so.
+    """
+    task: BaseTask = params.instantiate()
+    if mesh is not None and parallel is not None:
+        _divide(task, mesh=mesh, parallel=parallel)
+        _cut_stages(task, mesh=mesh, parallel=parallel)
+    task.to(device)
+    initialize(task, seed=seed, prefix="task")
+    return BuiltTask(task=task, context=bind(task, seed=seed, prefix="task"))
+
+
+def _divide(task: BaseTask, *, mesh: Mesh, parallel: Parallel.Params) -> None:
+    """Divides parameters over tensor and expert ranks, and installs what their layers exchange."""
+    for axis in ("tensor", "expert", "context"):
+        if mesh.size(axis) > 1:
+            raise _not_yet(f"parallel.{axis}", mesh.size(axis))
+
+
+def _cut_stages(task: BaseTask, *, mesh: Mesh, parallel: Parallel.Params) -> None:
+    """Leaves of the task what this rank's pipeline stages hold; parameters keep the names of the whole model."""
+    if mesh.size("pipe") > 1:
+        raise _not_yet("parallel.pipe", mesh.size("pipe"))
+
+
+def _not_yet(path: str, value: int) -> ParamsError:
+    return must(path, "be 1 in this version", value, f"Set {path}=1 and parallel.data=0")
