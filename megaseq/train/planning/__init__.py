@@ -1,0 +1,1 @@
+"""The planner: which layout a model and a number of devices want, and what each rank of it holds."""
