@@ -13,6 +13,8 @@ import torch
 from megaseq.base import Configurable, NestedMap
 from megaseq.data.tokenizer import Tokenizer
 from megaseq.data.vocabulary import Vocabulary
+from megaseq.decode.concurrent import default_workers, map_concurrently
+from megaseq.decode.hypothesis import Hypothesis
 from megaseq.tasks.base import BaseTask
 from megaseq.tasks.scoring import Score, corpus_scores
 from megaseq.train.run_dir import write_atomically
@@ -81,6 +83,8 @@ def decode_texts(
 ) -> list[list[TextHypothesis]]:
     """Decodes `texts`, tags included, with `task` as it is (its mode and weights are the caller's).
 
+    On the cores of a host several batches are decoded at once.
+
     Args:
         task: in evaluation mode, on the device it computes on.
         texts: one example each.
@@ -88,7 +92,7 @@ def decode_texts(
         search: params of beam search or sampling.
         batch_tokens: source cells, padding included, of one batch; samples do not depend on it.
         first_key: index of the first text in the corpus; another index draws other samples.
-        keep_going: asked between batches; False ends early, the rest get no hypothesis.
+        keep_going: asked before each batch; False ends early, the rest get no hypothesis.
 
     Returns:
         For each text its n best hypotheses, best first, as detokenised text.
@@ -96,13 +100,17 @@ def decode_texts(
     device = next(task.parameters()).device
     rows = [[*map(int, ids), vocabulary.source.eos_id] for ids in vocabulary.source.encode_batch(list(texts))]
     decoded: list[list[TextHypothesis]] = [[] for _ in texts]
-    for group in _batches([len(row) for row in rows], batch_tokens=batch_tokens):
-        if not keep_going():
-            break
+    groups = _batches([len(row) for row in rows], batch_tokens=batch_tokens)
+
+    def decode(group: list[int]) -> list[list[Hypothesis]]:
         batch = source_batch([rows[index] for index in group], tokenizer=vocabulary.source)
         batch = batch.transform(lambda value: value.to(device))
         keys = torch.tensor(group, device=device) + first_key
-        for index, hypotheses in zip(group, task.decode(batch, search=search, keys=keys), strict=True):
+        return task.decode(batch, search=search, keys=keys)
+
+    found = map_concurrently(decode, items=groups, workers=default_workers(device), keep_going=keep_going)
+    for group, results in zip(groups, found, strict=True):
+        for index, hypotheses in zip(group, results or [], strict=results is not None):
             decoded[index] = [
                 TextHypothesis(text=vocabulary.target.decode(h.ids), score=float(h.score), logprob=float(h.logprob))
                 for h in hypotheses
