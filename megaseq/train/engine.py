@@ -124,7 +124,7 @@ class Engine:
 
     def place(self, part: MicroBatch, *, step: int) -> None:
         """Tells all layers which rows of which step the next forward pass has: dropout is a function of these."""
-        self.context.step, self.context.micro_batch = step, part.index
+        self.context.step = step
         self.context.row_start, self.context.row_stride = part.row_start, part.row_stride
 
     def _accumulate(self, part: MicroBatch, *, step: int, scale: Tensor, last: bool) -> LossOutput:
