@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -16,38 +15,9 @@ from megaseq.layers.branch import Branch
 from megaseq.layers.linear import Linear
 from megaseq.layers.norm import Norm
 from megaseq.layers.relative import PositionBias
-from megaseq.layers.rotary import Rotary, Rotation, RotationKey
-
-
-@dataclass
-class Sight:
-    """What the self-attentions of one stack share for one batch."""
-
-    segment_ids: Tensor | None
-    """[B, T], 0 is padding; None: no padding, one segment a row."""
-    positions: Tensor
-    """[B or 1, T], 0-based, restarting in each segment."""
-    causal: bool
-    """Whether later keys are hidden."""
-    bias: Tensor | None = None
-    """[1, N, T, T] from the stack's position bias."""
-    masks: dict[int | None, AttentionMask] = field(default_factory=dict)
-    rotations: dict[RotationKey, Rotation] = field(default_factory=dict)
-
-    def mask(self, window: int | None) -> AttentionMask:
-        """Returns the mask of layers with this `window`, made once.
-
-        Places in the row stand for positions: a segment is in one piece and its positions count by one, so both give
-        the same order and the same distances within it.
-        """
-        if window not in self.masks:
-            self.masks[window] = AttentionMask(
-                query_segment_ids=self.segment_ids,
-                key_segment_ids=self.segment_ids,
-                causal=self.causal,
-                window=window,
-            )
-        return self.masks[window]
+from megaseq.layers.rotary import Rotary, Rotation
+from megaseq.layers.sight import Sight, inner_of, stream_of
+from megaseq.layers.tokens import Tokens, starts_of_weights
 
 
 class Attention(Branch):
@@ -95,7 +65,9 @@ class Attention(Branch):
 
     def __init__(self, p: Params) -> None:
         super().__init__(p)
+        # Of the heads, a tensor rank has a run; these are its numbers, the params have those of the whole.
         self.num_heads = p.num_heads
+        self.first_head = 0
         self.num_key_value_heads = p.num_key_value_heads or p.num_heads
         self.head_dim = p.head_dim or p.model_dim // p.num_heads
         self.query_dim = self.num_heads * self.head_dim
@@ -111,11 +83,29 @@ class Attention(Branch):
         self.output: Linear = output.instantiate(axes=("model", "heads"))
 
     def attend(
-        self, query: Tensor, *, key: Tensor, value: Tensor, mask: AttentionMask | None, bias: Tensor | None
+        self,
+        query: Tensor,
+        *,
+        key: Tensor,
+        value: Tensor,
+        mask: AttentionMask | None,
+        bias: Tensor | None,
+        tokens: Tokens | None = None,
     ) -> Tensor:
-        """Attends with `query` [B, T, N, H] to `key` and `value` [B, S, M, H]; returns the heads as [B, T, N*H]."""
-        rate = self.params.attention_dropout
-        dropout = DropoutMask(rate=rate, key=self.dropout_key(site=1)) if self.training and rate else None
+        """Attends with `query` [B, T, N, H] to `key` and `value` [B, S, M, H]; returns the heads as [B, T, N*H].
+
+        `tokens` says which rows and tokens the queries are; None: the context's rows, whole.
+        """
+        dropout: DropoutMask | None = None
+        if self.training and self.params.attention_dropout:
+            offset = starts_of_weights(
+                tokens=tokens or self.tokens_of(query),
+                batch=query.shape[0],
+                heads=(self.first_head, self.num_heads, self.params.num_heads),
+                lengths=(query.shape[1], key.shape[1]),
+                device=query.device,
+            )
+            dropout = DropoutMask(self.params.attention_dropout, self.dropout_key(site=1), offset)
         heads = attention(
             query,
             key=key,
@@ -188,8 +178,9 @@ class SelfAttention(Attention):
         if self.position_bias is not None:
             bias = self.position_bias(x.shape[1], device=x.device)
         query, key, value = self.split(self.qkv(self.enter(x)), rotation=rotation)
-        heads = self.attend(query, key=key, value=value, mask=sight.mask(self.params.window), bias=bias)
-        return self.leave(x, self.output(heads))
+        mask = sight.mask(self.params.window)
+        heads = self.attend(query, key=key, value=value, mask=mask, bias=bias, tokens=inner_of(sight))
+        return self.leave(x, self.output(heads), tokens=stream_of(sight))
 
 
 class CrossAttention(Attention):
@@ -220,7 +211,9 @@ class CrossAttention(Attention):
         key, value = fused.split(self.num_key_value_heads, dim=2)
         return (key if self.key_norm is None else self.key_norm(key)), value
 
-    def forward(self, x: Tensor, *, key: Tensor, value: Tensor, mask: AttentionMask | None) -> Tensor:
+    def forward(
+        self, x: Tensor, *, key: Tensor, value: Tensor, mask: AttentionMask | None, sight: Sight | None = None
+    ) -> Tensor:
         """Attends with the residual stream to an encoded source.
 
         Args:
@@ -228,12 +221,14 @@ class CrossAttention(Attention):
             key: [B, S, M, H], from `project_memory`.
             value: [B, S, M, H].
             mask: which source tokens each place sees; None: all.
+            sight: which tokens of the target `x` holds; None: all of the context's rows.
 
         Returns:
             The next residual stream [B, T, D].
         """
         query = self.project_query(x)
-        return self.leave(x, self.output(self.attend(query, key=key, value=value, mask=mask, bias=None)))
+        heads = self.attend(query, key=key, value=value, mask=mask, bias=None, tokens=inner_of(sight))
+        return self.leave(x, self.output(heads), tokens=stream_of(sight))
 
     def project_query(self, x: Tensor) -> Tensor:
         """Returns the queries [B, T, N, H] of the residual stream `x` [B, T, D]."""

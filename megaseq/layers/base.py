@@ -13,6 +13,7 @@ from megaseq.base import FROM_PARENT, Configurable
 from megaseq.base.errors import ParamsError, must
 from megaseq.kernels.dropout import dropout, dropout_add
 from megaseq.layers.initializers import Initializer
+from megaseq.layers.tokens import Tokens, starts
 from megaseq.parallel.spec import AXES, Axis, ParameterSpec
 
 AnyParams = TypeVar("AnyParams", bound=Configurable.Params)
@@ -26,8 +27,6 @@ class StepContext:
     """The run's seed."""
     step: int = 0
     """Optimiser steps done."""
-    micro_batch: int = 0
-    """Index of the micro-batch within the step, over all data-parallel ranks."""
     row_start: int = 0
     """Number, in the step's global batch, of the first row that the forward pass has."""
     row_stride: int = 1
@@ -94,30 +93,54 @@ class Layer(nn.Module, Configurable):
         return parameter
 
     def dropout_key(self, *, site: int = 0) -> tuple[int, int, int]:
-        """Returns (seed, step, hash of path, site and micro-batch), of which alone this layer's dropout is a function.
+        """Returns (seed, step, hash of path and site): this layer's dropout is a function of it and of the elements'
+        places in the step's global batch, and of nothing else.
 
         Args:
             site: tells apart the dropouts of one layer.
         """
         context = self.context
-        # Odd multipliers keep sites and micro-batches apart; the first of both leaves the path's hash as it is.
-        salted = self.path_hash + context.micro_batch * 0x9E3779B97F4A7C15 + site * 0xC2B2AE3D27D4EB4F
+        # An odd multiplier keeps sites apart; the first leaves the path's hash as it is.
+        salted = self.path_hash + site * 0xC2B2AE3D27D4EB4F
         return context.seed, context.step, salted & 0x7FFFFFFFFFFFFFFF
 
-    def drop(self, x: Tensor, *, rate: float, site: int = 0) -> Tensor:
-        """Returns `x`, in training with a share `rate` of its elements zeroed and the others scaled up."""
+    def tokens_of(self, x: Tensor) -> Tokens:
+        """Returns what `x` [B, T, ...] (B may be 1 for all rows) of whole rows holds of the step's global batch."""
+        return Tokens(length=x.shape[1], row_start=self.context.row_start, row_stride=self.context.row_stride)
+
+    def drop(
+        self,
+        x: Tensor,
+        *,
+        rate: float,
+        site: int = 0,
+        tokens: Tokens | None = None,
+        columns: tuple[int, int] | None = None,
+    ) -> Tensor:
+        """Returns `x` [B, T, D], in training with a share `rate` of its elements zeroed and the others scaled up.
+
+        Args:
+            x: an activation, or a part of one.
+            rate: chance of an element to become zero.
+            site: tells apart the dropouts of one layer.
+            tokens: which rows and tokens `x` holds; None: the context's rows, whole.
+            columns: (first, D) where `x` holds a run of the columns; None: all.
+        """
         if not self.training or rate == 0.0:
             return x
-        return dropout(x, rate=rate, key=self.dropout_key(site=site))
+        offset = starts(x, tokens=tokens or self.tokens_of(x), columns=columns)
+        return dropout(x, rate=rate, key=self.dropout_key(site=site), offset=offset)
 
-    def drop_add(self, x: Tensor, *, residual: Tensor, rate: float, site: int = 0) -> Tensor:
-        """Returns `residual` + `drop(x)`."""
+    def drop_add(
+        self, x: Tensor, *, residual: Tensor, rate: float, site: int = 0, tokens: Tokens | None = None
+    ) -> Tensor:
+        """Returns `residual` + `drop(x)`, of [B, T, D]."""
         if not self.training or rate == 0.0:
             return residual + x
-        key = self.dropout_key(site=site)
         if x.dtype != residual.dtype:  # under autocast the branch is bfloat16 and the stream is not
-            return residual + dropout(x, rate=rate, key=key)
-        return dropout_add(x, residual=residual, rate=rate, key=key)
+            return residual + self.drop(x, rate=rate, site=site, tokens=tokens)
+        offset = starts(x, tokens=tokens or self.tokens_of(x))
+        return dropout_add(x, residual=residual, rate=rate, key=self.dropout_key(site=site), offset=offset)
 
 
 def inherit(child: AnyParams, **values: Any) -> AnyParams:

@@ -10,6 +10,7 @@ from torch import Tensor
 from megaseq.base import FROM_PARENT
 from megaseq.layers.base import Layer
 from megaseq.layers.norm import Norm
+from megaseq.layers.tokens import Tokens
 
 ResidualStyle = Literal["pre", "post", "sandwich"]
 
@@ -52,9 +53,15 @@ class Branch(Layer):
         """Returns what the block reads of the residual stream `x` [..., D]."""
         return self.norm(x) if self.normalises_input else x
 
-    def leave(self, x: Tensor, y: Tensor) -> Tensor:
-        """Adds the block's output `y` [..., D] to the residual stream `x` [..., D]; returns the new stream."""
+    def leave(self, x: Tensor, y: Tensor, *, tokens: Tokens | None = None) -> Tensor:
+        """Adds the block's output `y` [B, T, D] to the residual stream `x` [B, T, D]; returns the new stream.
+
+        Args:
+            x: the stream.
+            y: what the block computed.
+            tokens: which rows and tokens both hold; None: the context's rows, whole.
+        """
         if self.post_norm is not None:
             y = self.post_norm(y)
-        x = self.drop_add(y, residual=x, rate=self.params.dropout)
+        x = self.drop_add(y, residual=x, rate=self.params.dropout, tokens=tokens)
         return x if self.normalises_input else self.norm(x)

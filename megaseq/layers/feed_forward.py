@@ -11,6 +11,7 @@ from megaseq.layers.activations import ActivationName, activation
 from megaseq.layers.base import inherit
 from megaseq.layers.branch import Branch
 from megaseq.layers.linear import Linear
+from megaseq.layers.sight import Sight, inner_of, stream_of
 
 
 class FeedForward(Branch):
@@ -47,13 +48,13 @@ class FeedForward(Branch):
         self.down: Linear = down.instantiate(axes=("model", "hidden"))
         self.activation = activation(p.activation)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Maps the residual stream `x` [..., D] to the next [..., D]."""
+    def forward(self, x: Tensor, *, sight: Sight | None = None) -> Tensor:
+        """Maps the residual stream `x` [B, T, D] to the next [B, T, D]; `sight` says which tokens these are."""
         hidden = self.up(self.enter(x))
         if self.params.gated:
             gate, up = hidden.split(self.params.hidden_dim, dim=-1)
             hidden = self.activation(gate) * up
         else:
             hidden = self.activation(hidden)
-        hidden = self.drop(hidden, rate=self.params.activation_dropout, site=1)
-        return self.leave(x, self.down(hidden))
+        hidden = self.drop(hidden, rate=self.params.activation_dropout, site=1, tokens=inner_of(sight))
+        return self.leave(x, self.down(hidden), tokens=stream_of(sight))

@@ -9,13 +9,14 @@ from torch import Tensor, nn
 
 from megaseq.base import FROM_PARENT, REQUIRED
 from megaseq.kernels.attention import AttentionMask
-from megaseq.layers.attention import CrossAttention, SelfAttention, Sight
+from megaseq.layers.attention import CrossAttention, SelfAttention
 from megaseq.layers.base import Layer, inherit
 from megaseq.layers.branch import ResidualStyle
 from megaseq.layers.feed_forward import FeedForward
 from megaseq.layers.norm import LayerNorm, Norm
 from megaseq.layers.positions import Positions
 from megaseq.layers.relative import PositionBias
+from megaseq.layers.sight import Sight, stream_of
 
 
 class TransformerLayer(Layer):
@@ -73,8 +74,8 @@ class TransformerLayer(Layer):
         x = self.self_attention(x, sight=sight)
         if self.cross_attention is not None and memory is not None:
             key, value = self.cross_attention.project_memory(memory)
-            x = self.cross_attention(x, key=key, value=value, mask=memory_mask)
-        out: Tensor = self.ffn(x)
+            x = self.cross_attention(x, key=key, value=value, mask=memory_mask, sight=sight)
+        out: Tensor = self.ffn(x, sight=sight)
         return out
 
 
@@ -171,21 +172,32 @@ class Stack(Layer):
             segment_ids: [B, T], 0 is padding; None: none.
             positions: [B or 1, T].
         """
+        x = self.enter(x, segment_ids=segment_ids, positions=positions)
+        return x, self.sight(segment_ids=segment_ids, positions=positions)
+
+    def enter(self, x: Tensor, *, segment_ids: Tensor | None, positions: Tensor) -> Tensor:
+        """Returns the residual stream [B, T, D] before the first layer; arguments as of `start`."""
         if self.positions is not None:
             x = self.positions(x, positions=positions, segment_ids=segment_ids)
         if self.input_norm is not None:
             x = self.input_norm(x)
-        x = self.drop(x, rate=self.params.dropout)
-        sight = Sight(segment_ids=segment_ids, positions=positions, causal=self.causal)
-        if self.position_bias is not None:
-            sight.bias = self.position_bias(x.shape[1], device=x.device)
-        return x, sight
+        return self.drop(x, rate=self.params.dropout, tokens=self.tokens_of(positions))
 
-    def finish(self, x: Tensor) -> Tensor:
-        """Returns the stack's output of the residual stream [..., D] after the last layer."""
+    def sight(self, *, segment_ids: Tensor | None, positions: Tensor) -> Sight:
+        """Returns what the layers share for one batch; arguments as of `start`."""
+        tokens = self.tokens_of(positions)
+        sight = Sight(segment_ids=segment_ids, positions=positions, causal=self.causal, inner=tokens, stream=tokens)
+        if self.position_bias is not None:
+            sight.bias = self.position_bias(positions.shape[-1], device=positions.device)
+        return sight
+
+    def finish(self, x: Tensor, *, sight: Sight | None = None) -> Tensor:
+        """Returns the stack's output of the residual stream [B, T, D] after the last layer."""
         if self.final_norm is not None:
             x = self.final_norm(x)
-        return self.drop(x, rate=self.params.dropout, site=1) if self.params.output_dropout else x
+        if self.params.output_dropout:
+            x = self.drop(x, rate=self.params.dropout, site=1, tokens=stream_of(sight))
+        return x
 
 
 class Encoder(Stack):
@@ -206,7 +218,7 @@ class Encoder(Stack):
         x, sight = self.start(x, segment_ids=segment_ids, positions=positions)
         for layer in self.layers:
             x = layer(x, sight=sight)
-        return self.finish(x)
+        return self.finish(x, sight=sight)
 
 
 class Decoder(Stack):
@@ -242,7 +254,7 @@ class Decoder(Stack):
             mask = AttentionMask(query_segment_ids=segment_ids, key_segment_ids=memory_segment_ids)
         for layer in self.layers:
             x = layer(x, sight=sight, memory=memory, memory_mask=mask)
-        return self.finish(x)
+        return self.finish(x, sight=sight)
 
 
 def positions_of(segment_ids: Tensor) -> Tensor:

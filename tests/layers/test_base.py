@@ -130,7 +130,7 @@ def test_binding_shares_one_context() -> None:
     assert all(layer.context is context for layer in model.modules() if isinstance(layer, Layer))
 
 
-def test_dropout_is_a_function_of_seed_step_micro_batch_and_path() -> None:
+def test_dropout_is_a_function_of_seed_step_rows_and_path() -> None:
     p = FeedForward.Params(hidden_dim=64, model_dim=32, norm=LayerNorm.Params(), residual="pre", dropout=0.5, bias=True)
     block: FeedForward = p.replace(activation_dropout=0.5).instantiate()
     initialize(block, seed=1)
@@ -138,14 +138,14 @@ def test_dropout_is_a_function_of_seed_step_micro_batch_and_path() -> None:
 
     def run(**place: int) -> torch.Tensor:
         context = bind(block, seed=place.pop("seed", 1), prefix="a" if place.pop("path", 0) == 0 else "b")
-        context.step, context.micro_batch = place.get("step", 0), place.get("micro_batch", 0)
+        context.step, context.row_start = place.get("step", 0), place.get("row_start", 0)
         torch.manual_seed(int(torch.randint(1000, ()).item()))
         out: torch.Tensor = block(x)
         return out.detach()
 
     base = run()
     assert torch.equal(base, run())
-    for other in ({"seed": 2}, {"step": 1}, {"micro_batch": 1}, {"path": 1}):
+    for other in ({"seed": 2}, {"step": 1}, {"row_start": 1}, {"path": 1}):
         assert not torch.equal(base, run(**other)), other
     block.eval()
     assert torch.equal(run(), run(step=7))
