@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Literal, NamedTuple
 
 import torch
@@ -14,7 +14,9 @@ from megaseq.layers import decoding
 from megaseq.layers.base import Layer, inherit
 from megaseq.layers.embedding import Embedding
 from megaseq.layers.initializers import Constant
-from megaseq.layers.transformer import Decoder, Encoder, positions_of
+from megaseq.layers.transformer import Decoder, Encoder
+from megaseq.layers.units import UnitRun, encoder_decoder_units, places_of
+from megaseq.parallel.spec import Unit
 
 
 class SoftmaxWeights(NamedTuple):
@@ -125,7 +127,7 @@ class EncoderDecoder(Layer):
         Returns:
             `states` [B, S, E]; `segment_ids` [B, S] or None; `positions` [B or 1, S].
         """
-        segment_ids, positions = _places(source)
+        segment_ids, positions = places_of(source)
         x = self.source_embedding(source.ids)
         states = self.encoder(x, segment_ids=segment_ids, positions=positions)
         return NestedMap(states=states, segment_ids=segment_ids, positions=positions)
@@ -140,7 +142,7 @@ class EncoderDecoder(Layer):
         Returns:
             Hidden states [B, T, D], of which `logits` makes the scores of the next tokens.
         """
-        segment_ids, positions = _places(target)
+        segment_ids, positions = places_of(target)
         hidden: Tensor = self.decoder(
             self.embed_target(target.ids),
             segment_ids=segment_ids,
@@ -149,6 +151,17 @@ class EncoderDecoder(Layer):
             memory_segment_ids=memory.segment_ids,
         )
         return hidden
+
+    def units(self) -> tuple[Unit, ...]:
+        """Returns the pieces between which a pipeline may cut the model."""
+        return encoder_decoder_units(self)
+
+    def run_units(self, carry: Mapping[str, Tensor], *, batch: NestedMap, units: Sequence[Unit]) -> dict[str, Tensor]:
+        """Runs consecutive `units` of a micro-batch; see `megaseq.parallel.spec.Pipelined`."""
+        run, left = UnitRun(self, batch=batch), dict(carry)
+        for unit in units:
+            left = run.run(left, unit=unit)
+        return left
 
     def softmax_weights(self) -> SoftmaxWeights:
         """Returns what a fused loss needs to go from hidden states to logits."""
@@ -185,15 +198,3 @@ class EncoderDecoder(Layer):
     def select(self, state: NestedMap, *, sources: Tensor, hyps: Tensor) -> NestedMap:
         """Keeps `sources` [B'] and, of each, the hypotheses `hyps` [B', K'] (0 to K-1); returns the new state."""
         return decoding.select(state, sources=sources, hyps=hyps)
-
-
-def _places(side: NestedMap) -> tuple[Tensor | None, Tensor]:
-    """Returns a side's segment ids [B, T] or None, and its positions [B or 1, T]."""
-    segment_ids: Tensor | None = side.get("segment_ids")
-    positions: Tensor | None = side.get("positions")
-    if positions is None:
-        if segment_ids is not None:
-            positions = positions_of(segment_ids)
-        else:
-            positions = torch.arange(side.ids.shape[1], device=side.ids.device).unsqueeze(0)
-    return segment_ids, positions

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 
@@ -84,3 +84,53 @@ def shard_of(parameter: torch.Tensor) -> Shard | None:
     """Returns the shard that this process holds of a parameter; None: all of it."""
     shard: Shard | None = getattr(parameter, "shard", None)
     return shard
+
+
+@dataclass(frozen=True)
+class Flow:
+    """An activation [B, tokens of a side, width] that units of a model hand on to later ones."""
+
+    name: str
+    """What it is: `encoder` and `decoder` are residual streams, `memory` is the encoder's output."""
+    side: Literal["source", "target"]
+    """Whose tokens it has."""
+    width: int
+    """Elements a token."""
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A piece of a model that a pipeline does not cut; what it says of itself."""
+
+    name: str
+    """Its path in the model, `encoder.layers.3`, or what it does, `encoder.start`."""
+    tensors: frozenset[str]
+    """Names of the parameters and buffers that it reads, from the model on; several units may read the same."""
+    source_flops: float
+    """Floating-point operations of a forward pass for each token of the source, in products with parameters."""
+    target_flops: float
+    """The same for each token of the target."""
+    leaves: tuple[Flow, ...]
+    """What later units read of what was computed so far; it travels to the next stage if the model is cut here."""
+
+
+@runtime_checkable
+class Pipelined(Protocol):
+    """A model that is a list of units, which may be run in pieces by several processes."""
+
+    def units(self) -> tuple[Unit, ...]:
+        """Returns all units, in order; the last one makes what `output_of` reads."""
+
+    def run_units(
+        self, carry: Mapping[str, torch.Tensor], *, batch: Any, units: Sequence[Unit]
+    ) -> dict[str, torch.Tensor]:
+        """Runs consecutive units; returns what the last of them leaves, by name.
+
+        Args:
+            carry: what the unit before them left, by name.
+            batch: the micro-batch; ids, masks and positions are read from it by every stage.
+            units: consecutive ones.
+        """
+
+    def output_of(self, carry: Mapping[str, torch.Tensor], *, batch: Any) -> Any:
+        """Returns the loss output of a micro-batch, of what the last unit left."""

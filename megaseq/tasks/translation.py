@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -11,6 +11,7 @@ from megaseq.base import Configurable, NestedMap
 from megaseq.decode import BeamSearch, Hypothesis, Search
 from megaseq.kernels.cross_entropy import CrossEntropy, linear_cross_entropy
 from megaseq.layers.encoder_decoder import EncoderDecoder
+from megaseq.layers.units import OUTPUT
 from megaseq.tasks.base import BaseTask, LossOutput
 
 
@@ -50,7 +51,13 @@ class Translation(BaseTask, EncoderDecoder):
         Metrics: `nll`, negative log likelihood without smoothing in nats a token, and `accuracy`, the share of labels
         that have the highest logit.
         """
-        hidden = self.decode_hidden(batch.target, memory=self.encode(batch.source))
+        return self._loss_of(self.decode_hidden(batch.target, memory=self.encode(batch.source)), batch=batch)
+
+    def output_of(self, carry: Mapping[str, Tensor], *, batch: NestedMap) -> LossOutput:
+        """Returns what `compute_loss` does, of what the last of `units` left."""
+        return self._loss_of(carry[OUTPUT], batch=batch)
+
+    def _loss_of(self, hidden: Tensor, *, batch: NestedMap) -> LossOutput:
         head = self.softmax_weights()
         sums = linear_cross_entropy(
             hidden.reshape(-1, hidden.shape[-1]),
