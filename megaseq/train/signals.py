@@ -1,4 +1,4 @@
-"""Turns SIGTERM and SIGINT into a flag that the training loop reads between steps."""
+"""Turns SIGTERM, SIGINT and SIGUSR1 into a flag that the training loop reads between steps."""
 
 from __future__ import annotations
 
@@ -13,12 +13,16 @@ from typing import Any
 _Handler = Callable[[int, FrameType | None], Any] | int | None
 
 
+STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+"""Signals that end a run in order; batch systems send SIGUSR1 ahead of their time limit."""
+
+
 class Interrupted(BaseException):
     """A signal came while there was nothing to save; no Exception, so that nothing on its way takes it for an error."""
 
 
 class StopSignals:
-    """Context in which the first SIGTERM or SIGINT only sets `requested`; a second SIGINT exits at once.
+    """Context in which the first SIGTERM, SIGINT or SIGUSR1 only sets `requested`; a second SIGINT exits at once.
 
     While `raises` is set, the first one raises `Interrupted` as well: for work that may be left at any point.
     Outside the main thread, where Python allows no handlers, the flag is never set.
@@ -32,7 +36,7 @@ class StopSignals:
 
     def __enter__(self) -> StopSignals:
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGINT):
+            for number in STOPPING:
                 self._previous[number] = signal.signal(number, self._handle)
         return self
 
