@@ -2,8 +2,9 @@
 
     python benchmarks/decode_cpu.py [--data-dir DIR] [--run-dir RUN] [--size small|base] [--threads N] [--profile]
 
-Both sides decode the same length-sorted batches with beam 4 and the conventions of transformers; each runs at every
-batch size, in turns, and is judged by the best of its medians. With `--data-dir` the sources are those of the Multi30k
+Both sides decode the same length-sorted batches, longest first, with beam 4 and the conventions of transformers. Each
+runs at every batch size, in turns, batch after batch on all threads and, with several threads, also a batch on each
+thread at once; it is judged by the best of its medians. With `--data-dir` the sources are those of the Multi30k
 test set in pieces of a SentencePiece model of 8,000; otherwise random ids of like lengths. The rows of the table:
 
 - `trained`: with `--run-dir`, the weights of a run of mt.multi30k.Small or Base, whose outputs end where they should,
@@ -16,11 +17,13 @@ from __future__ import annotations
 
 import argparse
 import gzip
+import itertools
 import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -32,6 +35,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from megaseq.base import NestedMap
 from megaseq.decode import BeamSearch
+from megaseq.decode.concurrent import map_concurrently
 from megaseq.layers import families
 from megaseq.layers.encoder_decoder import EncoderDecoder
 from megaseq.train.host_memory import keep_freed_memory
@@ -69,8 +73,8 @@ def read_sources(data_dir: str | None, *, count: int) -> list[list[int]]:
 
 
 def batches(sources: list[list[int]], *, size: int) -> list[NestedMap]:
-    """Length-sorted batches."""
-    ordered = sorted(sources, key=len)
+    """Length-sorted batches, the longest first."""
+    ordered = sorted(sources, key=len, reverse=True)
     made = []
     for start in range(0, len(ordered), size):
         rows = ordered[start : start + size]
@@ -163,22 +167,27 @@ def search(case: Case) -> BeamSearch:
     return made
 
 
-def run_ours(case: Case, *, data: list[NestedMap]) -> Outputs:
+def run_ours(case: Case, *, data: list[NestedMap], at_once: int = 1) -> Outputs:
     """Decodes all batches with megaseq."""
     beam = search(case)
-    return [hyps[0].ids for batch in data for hyps in beam.search(case.ours, source=batch)]
+
+    def decode(batch: NestedMap) -> Outputs:
+        return [hyps[0].ids for hyps in beam.search(case.ours, source=batch)]
+
+    return [ids for batch in map_concurrently(decode, items=data, workers=at_once) for ids in batch or ()]
 
 
-def run_theirs(case: Case, *, data: list[NestedMap]) -> Outputs:
+def run_theirs(case: Case, *, data: list[NestedMap], at_once: int = 1) -> Outputs:
     """Decodes all batches with transformers."""
-    outputs: Outputs = []
-    for batch in data:
+
+    def decode(batch: NestedMap) -> Outputs:
         rows = case.theirs.generate(
             batch.ids, attention_mask=batch.segment_ids, num_beams=BEAM, do_sample=False, early_stopping=False,
             max_new_tokens=case.most, min_new_tokens=case.least, length_penalty=1.0,
         )[:, 1:].tolist()  # fmt: skip
-        outputs += [tuple(row[: row.index(EOS)] if EOS in row else row) for row in rows]
-    return outputs
+        return [tuple(row[: row.index(EOS)] if EOS in row else row) for row in rows]
+
+    return [ids for batch in map_concurrently(decode, items=data, workers=at_once) for ids in batch or ()]
 
 
 def timed(call: Callable[[], Outputs], *, clock: Callable[[], float]) -> tuple[float, Outputs]:
@@ -198,25 +207,25 @@ def unpadded(ids: tuple[int, ...]) -> tuple[int, ...]:
 def compare(name: str, *, case: Case, sources: list[list[int]], args: argparse.Namespace) -> None:
     """Prints one row of the table."""
     clock = time.process_time if args.cpu_time else time.perf_counter
-    best: dict[str, tuple[float, int]] = {}
-    for size in args.batch_sizes:
+    best: dict[str, tuple[float, str]] = {}
+    for size, at_once in itertools.product(args.batch_sizes, sorted({1, args.threads})):
         data = batches(sources, size=size)
-        run_ours(case, data=data[:1]), run_theirs(case, data=data[:1])
+        run_ours(case, data=data[-1:]), run_theirs(case, data=data[-1:])
         times: dict[str, list[float]] = {"ours": [], "theirs": []}
         for _ in range(args.repeats):
-            seconds, mine = timed(lambda data=data: run_ours(case, data=data), clock=clock)
+            seconds, mine = timed(partial(run_ours, case, data=data, at_once=at_once), clock=clock)
             times["ours"].append(seconds)
-            seconds, other = timed(lambda data=data: run_theirs(case, data=data), clock=clock)
+            seconds, other = timed(partial(run_theirs, case, data=data, at_once=at_once), clock=clock)
             times["theirs"].append(seconds)
         for side, values in times.items():
             rate = len(sources) / statistics.median(values)
-            best[side] = max(best.get(side, (0.0, 0)), (rate, size))
+            best[side] = max(best.get(side, (0.0, "")), (rate, f"{at_once} x {size}"))
     pairs = [(unpadded(a), unpadded(b)) for a, b in zip(mine, other, strict=True)]
     same = sum(a == b for a, b in pairs) / len(pairs)
     length = sum(len(a) for a, _ in pairs) / len(pairs)
     (mine_rate, mine_size), (their_rate, their_size) = best["ours"], best["theirs"]
     print(
-        f"{name:8} {mine_rate:10.1f} ({mine_size:3}) {their_rate:14.1f} ({their_size:3}) {mine_rate / their_rate:8.2f}"
+        f"{name:8} {mine_rate:8.1f} ({mine_size:7}) {their_rate:12.1f} ({their_size:7}) {mine_rate / their_rate:8.2f}"
         f" {same:10.1%} {length:8.1f}",
         flush=True,
     )
@@ -246,8 +255,8 @@ def main() -> None:
         print(profiler.key_averages().table(sort_by="self_cpu_time_total", row_limit=25, max_name_column_width=40))
         return
     unit = "CPU second" if args.cpu_time else "second"
-    print(f"beam {BEAM}, {len(sources)} sources, {args.threads} threads; sentences a {unit} (best batch size)")
-    print(f"{'outputs':8} {'megaseq':>16} {'transformers':>20} {'ratio':>8} {'same':>10} {'tokens':>8}")
+    print(f"beam {BEAM}, {len(sources)} sources, {args.threads} threads; sentences a {unit} (batches at once x size)")
+    print(f"{'outputs':8} {'megaseq':>18} {'transformers':>22} {'ratio':>8} {'same':>10} {'tokens':>8}")
     if args.run_dir:
         case, vocabulary = trained(args.run_dir)
         lines = gzip.decompress((Path(args.data_dir) / "test_2016_flickr.de.gz").read_bytes()).decode().splitlines()
