@@ -21,7 +21,7 @@ from megaseq.base import Configurable, Problem
 from megaseq.base.errors import must
 from megaseq.layers.attention import Attention
 from megaseq.layers.base import Layer
-from megaseq.layers.transformer import TransformerLayer
+from megaseq.layers.transformer import Stack, TransformerLayer
 
 Mode = Literal["none", "full", "selective", "offload"]
 
@@ -59,17 +59,15 @@ def mode_of(path: str, *, params: ActivationCheckpointing.Params) -> Mode:
 
 
 def checkpoint_activations(
-    module: nn.Module, *, params: ActivationCheckpointing.Params, prefix: str = "task"
+    module: nn.Module, *, params: ActivationCheckpointing.Params, compiled: bool = False, prefix: str = "task"
 ) -> dict[str, Mode]:
     """Makes every Transformer layer of `module` keep what its mode says; returns the modes by path.
 
     Args:
         module: a task, or a part of one; to be called once.
         params: the modes.
+        compiled: whether `compile_layers` was called before.
         prefix: path of `module` itself.
-
-    Raises:
-        ParamsError: a pattern matches no layer of a module that has all of them.
     """
     layers = {
         f"{prefix}.{name}".strip("."): layer
@@ -85,12 +83,20 @@ def checkpoint_activations(
         elif modes[path] == "selective":
             for attention in layer.modules():
                 if isinstance(attention, Attention):
-                    _replace(attention, "attend", _recomputed(attention.attend, layer=attention))
+                    attend = _recomputed(attention.attend, layer=attention)
+                    _replace(attention, "attend", torch.compiler.disable(attend) if compiled else attend)
     return modes
 
 
-def check_rules(params: ActivationCheckpointing.Params, *, paths: list[str]) -> None:
-    """Raises ParamsError for a rule that matches none of the layers' `paths`, of the whole model."""
+def layer_paths(task: Configurable.Params, *, prefix: str = "task") -> list[str]:
+    """Returns the paths of all Transformer layers that a task of these params has, on whatever rank."""
+    stacks = [(path, stack.num_layers) for path, stack in task.find(Stack)]
+    return [f"{prefix}.{path}.layers.{index}" for path, layers in stacks for index in range(layers)]
+
+
+def check_rules(params: ActivationCheckpointing.Params, *, task: Configurable.Params) -> None:
+    """Raises ParamsError for a rule that matches no layer of the whole model."""
+    paths = layer_paths(task)
     for pattern in params.rules:
         if not any(re.search(pattern, path) for path in paths):
             raise must(

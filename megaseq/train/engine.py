@@ -18,6 +18,8 @@ from megaseq.parallel.gradients import all_reduce_sum
 from megaseq.parallel.layout import Parallel
 from megaseq.parallel.mesh import Mesh
 from megaseq.tasks.base import BaseTask, LossOutput
+from megaseq.train.activation_checkpointing import ActivationCheckpointing, check_rules, checkpoint_activations
+from megaseq.train.compiled_layers import compile_layers
 from megaseq.train.device import move
 from megaseq.train.model import build_task
 from megaseq.train.precision import autocast, resolve_precision
@@ -54,6 +56,8 @@ class Engine:
         device: torch.device | str = "cpu",
         mesh: Mesh | None = None,
         parallel: Parallel.Params | None = None,
+        activation_checkpointing: ActivationCheckpointing.Params | None = None,
+        compiled: bool = False,
     ) -> None:
         """Builds what this rank has of the model and its state; all ranks do so at the same time.
 
@@ -66,6 +70,8 @@ class Engine:
             device: of this process.
             mesh: where this process stands; None is one process.
             parallel: how the ranks share the work; None with no mesh.
+            activation_checkpointing: what layers compute again; None: nothing.
+            compiled: whether Transformer layers are compiled.
 
         Raises:
             ParamsError: the model or the learner does not go with `parallel`.
@@ -77,6 +83,11 @@ class Engine:
         built = build_task(task_params, seed=seed, device=self.device, mesh=mesh, parallel=self.parallel)
         self.task: BaseTask = built.task
         self.context = built.context
+        if compiled:
+            compile_layers(self.task)
+        if activation_checkpointing is not None:
+            check_rules(activation_checkpointing, task=task_params)
+            checkpoint_activations(self.task, params=activation_checkpointing, compiled=compiled)
         self.updater: Updater = make_updater(
             self.task,
             learner_params=learner_params,

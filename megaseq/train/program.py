@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Literal
 
 from megaseq.base import REQUIRED, Configurable, Problem
+from megaseq.train.activation_checkpointing import ActivationCheckpointing
 from megaseq.train.early_stop import EarlyStop
 
 
@@ -46,6 +47,10 @@ class Program(Configurable):
         """Threads of a matrix product; 0: torch's own choice. Bitwise resumption needs the same number."""
         cache_dir: str = ""
         """Where token caches are kept; empty: in the run directory."""
+        activation_checkpointing: ActivationCheckpointing.Params = ActivationCheckpointing.Params()
+        """What layers keep for the backward pass, and what they compute again."""
+        compile: bool = False
+        """Whether torch.compile compiles each Transformer layer at its first call, which takes minutes."""
         early_stop: EarlyStop.Params = EarlyStop.Params()
         """Ends the run when a figure stops getting better."""
 

@@ -124,6 +124,8 @@ class Trainer:
             precision=p.train.precision,
             accumulation=p.train.accumulation,
             device=self._device,
+            activation_checkpointing=p.train.activation_checkpointing,
+            compiled=p.train.compile,
         )
         write_atomically(self.run_dir.parameters_txt, f"{self.engine.learner.listing()}\n")
         self._saver = Saver(p, run_dir=self.run_dir, vocabulary=self.vocabulary, engine=self.engine)

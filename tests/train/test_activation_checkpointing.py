@@ -17,6 +17,7 @@ from megaseq.train.activation_checkpointing import (
     ActivationCheckpointing,
     check_rules,
     checkpoint_activations,
+    layer_paths,
     mode_of,
 )
 from megaseq.train.planning.live_memory import LiveMemory
@@ -80,9 +81,10 @@ def test_modes_follow_the_first_rule_that_matches() -> None:
 def test_a_rule_without_layers_is_refused() -> None:
     task = make_task({})
     paths = [f"task.{name}" for name, layer in task.named_modules() if isinstance(layer, TransformerLayer)]
-    check_rules(ActivationCheckpointing.Params(rules={"decoder": "full"}), paths=paths)
+    assert layer_paths(task.params) == paths
+    check_rules(ActivationCheckpointing.Params(rules={"decoder": "full"}), task=task.params)
     with pytest.raises(ParamsError, match=r"must have patterns that match a layer, but is 'decodr'. Layers are task"):
-        check_rules(ActivationCheckpointing.Params(rules={"decodr": "full"}), paths=paths)
+        check_rules(ActivationCheckpointing.Params(rules={"decodr": "full"}), task=task.params)
     assert "must have regular expressions" in str(ActivationCheckpointing.Params(rules={"(": "full"}).check()[0])
 
 
