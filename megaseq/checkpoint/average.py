@@ -12,6 +12,7 @@ from torch import Tensor
 
 from megaseq.base.errors import CheckpointError
 from megaseq.checkpoint.directory import list_steps, step_name
+from megaseq.checkpoint.piece import Part, whole_piece
 from megaseq.checkpoint.reading import OpenCheckpoint
 from megaseq.checkpoint.safetensors_file import export_safetensors
 from megaseq.checkpoint.writing import Content, encode_state, write_checkpoint
@@ -97,7 +98,7 @@ def write_average(
     steps = [OpenCheckpoint(path, prefixes=()).manifest.step for path in paths]
     content = Content(
         step=last.manifest.step,
-        tensors=tensors,
+        parts=[Part.of(whole_piece(name, tensor)) for name, tensor in tensors.items()],
         state=encode_state({**last.state, "average": {"steps": steps, "weights": weights}}),
         files=last.files,
         metrics={},

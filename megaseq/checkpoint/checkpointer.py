@@ -18,9 +18,12 @@ from megaseq.base.errors import CheckpointError
 from megaseq.checkpoint import directory as directories
 from megaseq.checkpoint.average import Weights, average, newest
 from megaseq.checkpoint.manifest import DamagedError
+from megaseq.checkpoint.piece import Outline, Part, Piece, as_pieces
+from megaseq.checkpoint.ranks import Ranks
 from megaseq.checkpoint.reading import Restored, load_checkpoint
 from megaseq.checkpoint.retention import MetricHistory, steps_to_delete
 from megaseq.checkpoint.staging import Stager
+from megaseq.checkpoint.tiling import deal_out
 from megaseq.checkpoint.writing import Content, WriterThread, encode_state, write_checkpoint
 
 logger = logging.getLogger(__name__)
@@ -30,7 +33,8 @@ class Checkpointer(Configurable):
     """Saves to and restores from `RUN/checkpoints/step_00001000/`.
 
     A checkpoint is written to a temporary name, flushed to the disk and renamed, so whatever is killed at whatever
-    time, the ones before stay usable. One process writes to a directory; any number may read.
+    time, the ones before stay usable. One run writes to a directory, each of its ranks some of the files; any number
+    of processes may read. Nothing in it depends on how the run was laid out over its ranks.
     """
 
     class Params(Configurable.Params):
@@ -60,17 +64,30 @@ class Checkpointer(Configurable):
 
     params: Params
 
-    def __init__(self, p: Params, *, directory: str | os.PathLike[str], read_only: bool = False) -> None:
+    def __init__(
+        self,
+        p: Params,
+        *,
+        directory: str | os.PathLike[str],
+        read_only: bool = False,
+        ranks: Ranks | None = None,
+        layout: str = "",
+    ) -> None:
         """Prepares saving to and restoring from `directory`, which need not exist.
 
         Args:
             p: The checkpointer's params.
-            directory: With the checkpoints, usually RUN/checkpoints.
-            read_only: For processes beside the one that trains: never writes, deletes or cleans.
+            directory: With the checkpoints, usually RUN/checkpoints; on a file system that all ranks share.
+            read_only: For processes beside those that train: never writes, deletes or cleans.
+            ranks: That save and restore together: all of them call `save`, `wait` and `restore`, each with its
+                pieces. None is this process alone.
+            layout: How the run is laid out over its ranks, kept in the manifest for people.
         """
         super().__init__(p)
         self.directory = Path(directory)
         self.read_only = read_only
+        self.ranks = ranks or Ranks(alone=True)
+        self._layout = layout
         self.stall_seconds = 0.0
         """How long the last `save` kept the caller: waiting for the one before, and copying (or all of the writing)."""
         self.total_stall_seconds = 0.0
@@ -79,7 +96,10 @@ class Checkpointer(Configurable):
         self._lock = threading.Lock()
         self._damaged: set[int] = set()
         self._last_saved: int | None = None
-        if not read_only:
+        self._outlines: list[Outline] = []
+        self._chosen: list[int] = []
+        self._writes = not read_only and self.ranks.is_first
+        if self._writes:
             for name in directories.clean(self.directory):
                 logger.warning("%s: removed, left over from a process that was stopped.", self.directory / name)
         self._history = MetricHistory(self.directory)
@@ -117,7 +137,7 @@ class Checkpointer(Configurable):
         self,
         *,
         step: int,
-        tensors: Mapping[str, Tensor],
+        tensors: Mapping[str, Tensor] | Sequence[Piece],
         state: Mapping[str, Any],
         files: Mapping[str, bytes] | None = None,
         metrics: Mapping[str, float] | None = None,
@@ -125,10 +145,12 @@ class Checkpointer(Configurable):
     ) -> None:
         """Saves a checkpoint; an asynchronous one is committed later, its error raised by the next call or `wait`.
 
+        An error of one rank is raised on all.
+
         Args:
             step: How many steps over the data are done.
-            tensors: By logical name; they may change as soon as this returns.
-            state: JSON values.
+            tensors: Whole ones by logical name, or this rank's pieces; they may change as soon as this returns.
+            state: JSON values; those of rank 0 are saved, like its files and metrics.
             files: Extra files by relative path.
             metrics: Of this step; more can follow by `record_metrics`.
             wait: Whether to return only when it is on the disk, as before the end of a process.
@@ -143,15 +165,19 @@ class Checkpointer(Configurable):
         started = time.perf_counter()
         try:
             self._writer.wait()
+            encoded = self.ranks.together(lambda: encode_state(state))
+            own = self._own(as_pieces(tensors))
             content = Content(
                 step=step,
-                tensors=tensors,
-                state=encode_state(state),
+                parts=[Part.of(piece) for piece in own],
+                state=encoded,
                 files=dict(files or {}),
                 metrics=dict(metrics or {}),
+                layout=self._layout,
             )
             if self.params.asynchronous and not wait:
-                content = replace(content, tensors=self._stager.stage(tensors))
+                staged = self.ranks.together(lambda: self._stager.stage(own))
+                content = replace(content, parts=[Part.of(piece) for piece in staged])
                 self._writer.start(lambda: self._write(content))
             else:
                 self._write(content)
@@ -160,15 +186,30 @@ class Checkpointer(Configurable):
             self.stall_seconds = time.perf_counter() - started
             self.total_stall_seconds += self.stall_seconds
 
+    def _own(self, pieces: Sequence[Piece]) -> list[Piece]:
+        """Returns those of this rank's pieces that it writes; they are dealt out anew only when some rank's change."""
+        outlines = [Outline.of(piece) for piece in pieces]
+        if any(self.ranks.gather(outlines != self._outlines)):
+            gathered = self.ranks.gather(outlines)
+            self._chosen = self.ranks.on_first(lambda: deal_out(gathered))[self.ranks.rank]
+            self._outlines = outlines
+        return [pieces[index] for index in self._chosen]
+
     def _write(self, content: Content) -> None:
-        write_checkpoint(self.path(content.step), content=content, check_finite=self.params.check_finite)
+        write_checkpoint(
+            self.path(content.step), content=content, check_finite=self.params.check_finite, ranks=self.ranks
+        )
+        if not self._writes:
+            return
         with self._lock:
             self._damaged.discard(content.step)
             self._history.record(step=content.step, metrics=content.metrics)
             self._delete_old()
 
     def record_metrics(self, *, step: int, metrics: Mapping[str, float]) -> None:
-        """Adds metrics that came after the save of `step`; they count for `best`."""
+        """Adds metrics that came after the save of `step`; they count for `best`. Rank 0's are kept."""
+        if not self._writes:
+            return
         with self._lock:
             self._history.record(step=step, metrics=metrics)
 
@@ -193,16 +234,16 @@ class Checkpointer(Configurable):
         self,
         *,
         step: int | None = None,
-        tensors: Mapping[str, Tensor] | None = None,
+        tensors: Mapping[str, Tensor] | Sequence[Piece] | None = None,
         prefixes: Sequence[str] | None = None,
     ) -> Restored:
-        """Loads the newest usable checkpoint, or exactly the one of `step`.
+        """Loads the newest usable checkpoint, or exactly the one of `step`; the same on all ranks.
 
         One that is not whole is passed over, with a line in `Restored.messages`; nothing of it is loaded.
 
         Args:
             step: Which one; None is the newest.
-            tensors: Loaded in place; None returns new ones.
+            tensors: Loaded in place, whole ones by name or this rank's pieces; None returns new ones.
             prefixes: Only tensors whose names start with one of these; None is all.
 
         Raises:
@@ -210,15 +251,15 @@ class Checkpointer(Configurable):
         """
         self.wait()
         if step is not None:
-            return load_checkpoint(self.path(step), tensors=tensors, prefixes=prefixes)
+            return load_checkpoint(self.path(step), tensors=tensors, prefixes=prefixes, ranks=self.ranks)
         messages: list[str] = []
         tried: set[int] = set()
         # The list is read again each time: the trainer beside us may delete one while we read it.
-        while remaining := [found for found in self.list_steps() if found not in tried]:
+        while remaining := [found for found in self.ranks.on_first(self.list_steps) if found not in tried]:
             newest = remaining[-1]
             tried.add(newest)
             try:
-                restored = load_checkpoint(self.path(newest), tensors=tensors, prefixes=prefixes)
+                restored = load_checkpoint(self.path(newest), tensors=tensors, prefixes=prefixes, ranks=self.ranks)
             except DamagedError as error:
                 self._damaged.add(newest)
                 messages.append(str(error))

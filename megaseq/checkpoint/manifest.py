@@ -37,6 +37,10 @@ class Manifest:
     step: int
     metrics: Mapping[str, float]
     files: Mapping[str, FileDigest]
+    layout: str = ""
+    """How the run that wrote it was laid out over its ranks; empty where it is not known."""
+    ranks: int = 1
+    """How many ranks wrote it."""
 
     def to_json(self) -> bytes:
         """Returns the bytes of the file."""
@@ -45,6 +49,7 @@ class Manifest:
             "version": VERSION,
             "step": self.step,
             "metrics": dict(self.metrics),
+            "written_by": {"layout": self.layout, "ranks": self.ranks},
             "files": {name: {"size": d.size, "sha256": d.sha256} for name, d in sorted(self.files.items())},
         }
         content["checksum"] = _checksum(content)
@@ -79,6 +84,7 @@ def read_manifest(directory: Path) -> Manifest:
     if checksum != _checksum(content):
         raise DamagedError(_damage(path, "does not have its own checksum"))
     try:
+        writer = content.get("written_by", {})
         return Manifest(
             step=int(content["step"]),
             metrics={str(name): float(value) for name, value in content["metrics"].items()},
@@ -86,6 +92,8 @@ def read_manifest(directory: Path) -> Manifest:
                 _safe_name(name): FileDigest(size=int(entry["size"]), sha256=_sha256(entry["sha256"]))
                 for name, entry in content["files"].items()
             },
+            layout=str(writer.get("layout", "")),
+            ranks=int(writer.get("ranks", 1)),
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise DamagedError(_damage(path, f"has a bad entry ({error})")) from None

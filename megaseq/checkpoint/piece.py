@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from megaseq.base.errors import AsText, CheckpointError, must
@@ -54,9 +56,49 @@ class Piece:
         return self.size == self.global_shape
 
 
+class Outline(NamedTuple):
+    """A piece without its values: what processes tell each other of it."""
+
+    name: str
+    global_shape: tuple[int, ...]
+    start: tuple[int, ...]
+    size: tuple[int, ...]
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, piece: Piece) -> Outline:
+        """Returns the outline of a piece."""
+        return cls(piece.name, piece.global_shape, piece.start, piece.size, piece.tensor.dtype)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the values."""
+        return math.prod(self.size) * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one process writes of one tensor; its values are asked for when it is their turn."""
+
+    outline: Outline
+    values: Callable[[], Tensor]
+
+    @classmethod
+    def of(cls, piece: Piece) -> Part:
+        """Returns the part that is a piece."""
+        return cls(outline=Outline.of(piece), values=lambda: piece.tensor)
+
+
 def whole_piece(name: str, tensor: Tensor) -> Piece:
     """Returns the piece that is all of the tensor `name`."""
     return Piece(name=name, global_shape=tuple(tensor.shape), start=(0,) * tensor.dim(), tensor=tensor)
+
+
+def as_pieces(tensors: Mapping[str, Tensor] | Sequence[Piece]) -> list[Piece]:
+    """Returns pieces as they are, and whole tensors by name as pieces."""
+    if isinstance(tensors, Mapping):
+        return [whole_piece(name, tensor) for name, tensor in tensors.items()]
+    return list(tensors)
 
 
 def shard_pieces(name: str, tensor: Tensor, *, shard: Shard | None, global_shape: Sequence[int]) -> list[Piece]:

@@ -2,32 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from megaseq.checkpoint.piece import Piece
+
 
 class Stager:
-    """Copies tensors into buffers that are kept from one save to the next; page-locked for those on a GPU."""
+    """Copies pieces into buffers that are kept from one save to the next; page-locked for those on a GPU."""
 
     def __init__(self) -> None:
-        self._buffers: dict[str, Tensor] = {}
+        self._buffers: dict[tuple[str, tuple[int, ...]], Tensor] = {}
 
     @torch.no_grad()
-    def stage(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Returns copies of `tensors` on the CPU; they are valid until the next call."""
-        self._buffers = {name: self._buffer(name, tensor) for name, tensor in tensors.items()}
+    def stage(self, pieces: Sequence[Piece]) -> list[Piece]:
+        """Returns copies of `pieces` on the CPU; they are valid until the next call."""
+        self._buffers = {(piece.name, piece.start): self._buffer(piece) for piece in pieces}
         on_gpu = False
-        for name, tensor in tensors.items():
-            on_gpu |= tensor.is_cuda
-            self._buffers[name].copy_(tensor, non_blocking=tensor.is_cuda)
+        copies: list[Piece] = []
+        for piece in pieces:
+            buffer = self._buffers[piece.name, piece.start]
+            on_gpu |= piece.tensor.is_cuda
+            buffer.copy_(piece.tensor, non_blocking=piece.tensor.is_cuda)
+            copies.append(replace(piece, tensor=buffer))
         if on_gpu:
             torch.cuda.synchronize()
-        return dict(self._buffers)
+        return copies
 
-    def _buffer(self, name: str, tensor: Tensor) -> Tensor:
-        buffer = self._buffers.get(name)
+    def _buffer(self, piece: Piece) -> Tensor:
+        tensor = piece.tensor
+        buffer = self._buffers.get((piece.name, piece.start))
         if buffer is not None and buffer.shape == tensor.shape and buffer.dtype == tensor.dtype:
             return buffer
         return torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=tensor.is_cuda)

@@ -279,9 +279,7 @@ def _sizes(values: Any) -> torch.Size:
 
 def _tile(parts: Sequence[ChunkStorageMetadata], *, shape: torch.Size) -> bool:
     """Says whether the parts lie inside `shape`, do not overlap and leave nothing out."""
-    spans = [
-        [(offset, offset + size) for offset, size in zip(part.offsets, part.sizes, strict=True)] for part in parts
-    ]
+    spans = [[(offset, offset + size) for offset, size in zip(part.offsets, part.sizes, strict=True)] for part in parts]
     inside = all(end <= size for span in spans for (_, end), size in zip(span, shape, strict=True))
     overlap = any(
         all(a[0] < b[1] and b[0] < a[1] for a, b in zip(one, other, strict=True))
