@@ -26,6 +26,8 @@ def build_parser() -> argparse.ArgumentParser:
         prog="megaseq", description="Train, evaluate and decode sequence-to-sequence models.", allow_abbrev=False
     )
     parser.add_argument("--version", action="version", version=f"megaseq {megaseq.__version__}")
+    # What the DeepSpeed launcher puts before the command; the environment says the same.
+    parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name in _COMMANDS:
         importlib.import_module(f"megaseq.cli.{name}").register(subparsers)
@@ -35,7 +37,9 @@ def build_parser() -> argparse.ArgumentParser:
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Returns the parsed command line; a mistake in it ends the process with a line on stderr and exit code 2."""
     parser = build_parser()
+    argv = list(sys.argv[1:] if argv is None else argv)
     arguments, rest = parser.parse_known_args(argv)
+    arguments.argv = argv
     # argparse gives up on a list of positionals that options interrupt: NAME a=1 --run-dir R b=2.
     strays = [text for text in rest if text.startswith("-") or "=" not in text]
     if strays or (rest and not hasattr(arguments, "overrides")):

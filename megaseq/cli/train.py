@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import logging
+import os
 from typing import TYPE_CHECKING
 
 from megaseq.cli import overrides
 
 if TYPE_CHECKING:
     from argparse import _SubParsersAction
+
+    from megaseq.train.experiment import Run
 
 
 def register(subparsers: _SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -31,11 +35,44 @@ def register(subparsers: _SubParsersAction[argparse.ArgumentParser]) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Runs the command; returns the exit code."""
+    """Runs the command, as one process among those that a launcher has started, or starts them; returns the code."""
+    from megaseq.parallel.place import find_place
+
+    place = find_place(os.environ)
+    if place.world_size == 1 or place.launcher == "slurm":
+        params = _params(arguments)
+        from megaseq.parallel.spawn import batch_of, spawn
+
+        if batch := batch_of(params.parallel, place=place):
+            from megaseq.train.parts import check_params
+
+            check_params(params)
+            return spawn(arguments.argv, batch=batch)
+        if place.world_size == 1:
+            _train(params, arguments=arguments)
+            return 0
+    from megaseq.parallel.process import joined
+    from megaseq.parallel.spawn import follow_parent
+
+    if place.launcher == "megaseq":
+        follow_parent()
+    if place.rank:
+        logging.getLogger("megaseq").setLevel(logging.ERROR)
+        logging.getLogger("megaseq.data").setLevel(logging.ERROR)
+    with joined(place):
+        _train(_params(arguments), arguments=arguments)
+    return 0
+
+
+def _params(arguments: argparse.Namespace) -> Run.Params:
     from megaseq.base import registry
 
-    params = registry.params(arguments.name)
+    params: Run.Params = registry.params(arguments.name)
     overrides.apply(params, configs=arguments.config, overrides=arguments.overrides, data_dir=arguments.data_dir)
+    return params
+
+
+def _train(params: Run.Params, *, arguments: argparse.Namespace) -> None:
     from megaseq.train.trainer import Trainer
 
     trainer = Trainer(
@@ -44,4 +81,3 @@ def run(arguments: argparse.Namespace) -> int:
         allow_changed_params=arguments.allow_changed_params,
     )
     trainer.fit()
-    return 0

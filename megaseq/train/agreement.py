@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -17,8 +17,16 @@ class Agreement:
     Alone, a process sees its signals at once. Of several, each sees the signals of all, at the same step.
     """
 
-    def __init__(self, team: Team, *, signals: StopSignals) -> None:
+    def __init__(self, team: Team, *, signals: StopSignals, time_is_up: Callable[[], bool]) -> None:
+        """Decides nothing yet.
+
+        Args:
+            team: whose ranks decide.
+            signals: that come to this process.
+            time_is_up: the clock; of several ranks, the first one's counts.
+        """
         self._team = team
+        self._time_is_up = time_is_up
         self._signals = signals
         self._vote: Vote | None = None
         self._agreed = ""
@@ -28,23 +36,19 @@ class Agreement:
         """Name of the signal that ends the run on all ranks; empty so far."""
         return self._agreed if self._team.world_size > 1 else self._signals.requested
 
-    def begin_step(self, counts: Sequence[int], *, time_is_up: bool) -> None:
-        """Begins to add up; the step's own work goes on meanwhile.
-
-        Args:
-            counts: of this rank's batch.
-            time_is_up: of rank 0's clock; not read elsewhere.
-        """
+    def begin_step(self, counts: Sequence[int]) -> None:
+        """Begins to add up the flags, and `counts` of this rank's batch; the step's own work goes on meanwhile."""
         own = [int(self._signals.requested == number.name) for number in STOPPING]
-        self._vote = self._team.vote([*own, int(time_is_up and self._team.is_first), *counts])
+        self._vote = self._team.vote([*own, int(self._team.is_first and self._time_is_up()), *counts])
 
     def end_step(self) -> tuple[bool, list[int]]:
-        """Returns whether the time was up when the step began, and the counts of all ranks together."""
+        """Returns whether the time is up (of several ranks: was, when the step began), and all ranks' counts."""
         if self._vote is None:
             return False, []
         values, self._vote = self._vote.result(), None
         self._take(values)
-        return values[len(STOPPING)] > 0, values[len(STOPPING) + 1 :]
+        time_is_up = values[len(STOPPING)] > 0 if self._team.world_size > 1 else self._time_is_up()
+        return time_is_up, values[len(STOPPING) + 1 :]
 
     def keep_going(self) -> bool:
         """Whether no rank has had a signal; to be asked by all ranks equally often."""

@@ -18,6 +18,7 @@ from megaseq.decode.hypothesis import Hypothesis
 from megaseq.tasks.base import BaseTask
 from megaseq.tasks.scoring import Score, corpus_scores
 from megaseq.train.run_dir import write_atomically
+from megaseq.train.spread import ALONE, Spread
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,6 +81,7 @@ def decode_texts(
     batch_tokens: int = 2048,
     first_key: int = 0,
     keep_going: Callable[[], bool] = lambda: True,
+    spread: Spread = ALONE,
 ) -> list[list[TextHypothesis]]:
     """Decodes `texts`, tags included, with `task` as it is (its mode and weights are the caller's).
 
@@ -93,6 +95,7 @@ def decode_texts(
         batch_tokens: source cells, padding included, of one batch; samples do not depend on it.
         first_key: index of the first text in the corpus; another index draws other samples.
         keep_going: asked before each batch; False ends early, the rest get no hypothesis.
+        spread: which batches are this rank's; all ranks return all hypotheses.
 
     Returns:
         For each text its n best hypotheses, best first, as detokenised text.
@@ -102,19 +105,22 @@ def decode_texts(
     decoded: list[list[TextHypothesis]] = [[] for _ in texts]
     groups = _batches([len(row) for row in rows], batch_tokens=batch_tokens)
 
-    def decode(group: list[int]) -> list[list[Hypothesis]]:
+    def decode(group: list[int] | None) -> list[list[Hypothesis]]:
+        if group is None:
+            return []
         batch = source_batch([rows[index] for index in group], tokenizer=vocabulary.source)
         batch = batch.transform(lambda value: value.to(device))
         keys = torch.tensor(group, device=device) + first_key
         return task.decode(batch, search=search, keys=keys)
 
-    found = map_concurrently(decode, items=groups, workers=default_workers(device), keep_going=keep_going)
-    for group, results in zip(groups, found, strict=True):
-        for index, hypotheses in zip(group, results or [], strict=results is not None):
-            decoded[index] = [
-                TextHypothesis(text=vocabulary.target.decode(h.ids), score=float(h.score), logprob=float(h.logprob))
-                for h in hypotheses
-            ]
+    own = spread.deal(groups)
+    results = map_concurrently(decode, items=own, workers=default_workers(device), keep_going=keep_going)
+    found: dict[int, list[tuple[str, float, float]]] = {}
+    for group, hypotheses in zip(own, results, strict=True):
+        for index, best in zip(group or [], hypotheses or [], strict=hypotheses is not None):
+            found[index] = [(vocabulary.target.decode(h.ids), float(h.score), float(h.logprob)) for h in best]
+    for index, texts_found in spread.collect(found).items():
+        decoded[index] = [TextHypothesis(text=text, score=score, logprob=lp) for text, score, lp in texts_found]
     return decoded
 
 
@@ -126,9 +132,12 @@ def decode_set(
     vocabulary: Vocabulary,
     search: Configurable.Params,
     keep_going: Callable[[], bool] = lambda: True,
+    spread: Spread = ALONE,
 ) -> DecodedSet:
     """Decodes and scores a data set; the scores are empty where it was ended early."""
-    hypotheses = decode_texts(task, texts=sources, vocabulary=vocabulary, search=search, keep_going=keep_going)
+    hypotheses = decode_texts(
+        task, texts=sources, vocabulary=vocabulary, search=search, keep_going=keep_going, spread=spread
+    )
     decoded = DecodedSet(sources=list(sources), references=list(references), hypotheses=hypotheses, scores={})
     if keep_going():
         decoded.scores.update(corpus_scores(hypotheses=decoded.outputs, references=decoded.references))

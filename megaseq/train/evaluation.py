@@ -9,6 +9,7 @@ import torch
 
 from megaseq.base import NestedMap
 from megaseq.tasks.base import BaseTask
+from megaseq.train.spread import ALONE, Spread
 
 
 def evaluate(
@@ -17,6 +18,7 @@ def evaluate(
     batches: Iterable[NestedMap],
     to_device: Callable[[NestedMap], NestedMap] = lambda batch: batch,
     keep_going: Callable[[], bool] = lambda: True,
+    spread: Spread = ALONE,
 ) -> dict[str, float]:
     """Returns the mean over all tokens of `batches` of the loss and of the task's metrics.
 
@@ -25,6 +27,7 @@ def evaluate(
         batches: as the input pipeline makes them, each example once.
         to_device: moves a batch to the task's device.
         keep_going: asked between batches; on False the result is empty.
+        spread: whose rows the batches have; the means are those over all ranks.
 
     Returns:
         `loss`, each metric of the task, `perplexity` where there is a metric `nll`, and `tokens`, the summed weight.
@@ -39,6 +42,7 @@ def evaluate(
         for index, name in enumerate(pairs):
             total, weight = sums.get(name, (0.0, 0.0))
             sums[name] = (total + values[2 * index], weight + values[2 * index + 1])
+    sums = spread.add_up(sums)
     means = {name: total / weight for name, (total, weight) in sums.items() if weight > 0}
     if "nll" in means:
         # Beyond this, exp() overflows; such a model is no better than noise anyway.

@@ -5,12 +5,11 @@ from __future__ import annotations
 import dataclasses
 import resource
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
-from megaseq.base import NestedMap
 from megaseq.train.engine import StepResult
 
 
@@ -32,16 +31,20 @@ class Meter:
     wait_seconds: float = 0.0
     """Of these, time spent waiting for the next batch."""
 
-    def add(self, result: StepResult, *, batch: NestedMap, seconds: float, wait_seconds: float) -> None:
-        """Adds one optimiser step."""
+    def add(self, result: StepResult, *, cells: Sequence[int], seconds: float, wait_seconds: float) -> None:
+        """Adds one optimiser step.
+
+        Args:
+            result: of all ranks together.
+            cells: positions of the step's rows on all ranks, and how many of them are no padding.
+            seconds: of the step.
+            wait_seconds: of these, spent waiting for the batch.
+        """
         self.num_steps += 1
         self.seconds += seconds
         self.wait_seconds += wait_seconds
-        for side in (batch.source, batch.target):
-            segment_ids = side.get("segment_ids")
-            if segment_ids is not None:
-                self.cells += segment_ids.numel()
-                self.real_cells += int(torch.count_nonzero(segment_ids))
+        self.cells += cells[0]
+        self.real_cells += cells[1]
         self.target_tokens += result.weight
         if result.skipped:
             # Its loss may be NaN and would hide the others'.

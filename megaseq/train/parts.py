@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -12,6 +13,8 @@ from megaseq.base.errors import AsText, ParamsError, must
 from megaseq.data.input import Input
 from megaseq.data.vocabulary import Vocabulary
 from megaseq.decode import Search
+from megaseq.parallel.process import current_team
+from megaseq.parallel.spawn import cores
 from megaseq.tasks.base import BaseTask
 from megaseq.train.experiment import Run
 from megaseq.train.host_memory import keep_freed_memory
@@ -30,8 +33,11 @@ def check_params(params: Run.Params) -> None:
 def set_up_process(params: Run.Params) -> None:
     """Sets what holds for the whole process: threads, kept memory, no denormals (slow, and they mean nothing here)."""
     keep_freed_memory()
+    place = current_team().place
     if params.train.num_threads:
         torch.set_num_threads(params.train.num_threads)
+    elif place.local_size > 1 and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, cores() // place.local_size))
     torch.set_flush_denormal(True)
 
 
@@ -83,22 +89,34 @@ def task_params(params: Run.Params, *, vocabulary: Vocabulary) -> BaseTask.Param
     return task
 
 
-def train_input(params: Run.Params, *, vocabulary: Vocabulary, cache: Path) -> Input:
-    """Returns the training input; it shuffles by the run's seed unless it has its own."""
+def train_input(
+    params: Run.Params, *, vocabulary: Vocabulary, cache: Path, data_rank: int = 0, data_ranks: int = 1
+) -> Input:
+    """Returns the training input of one data rank; it shuffles by the run's seed unless it has its own."""
     own = params.train_input
     own = own.replace(seed=params.seed) if own.seed is None else own
-    made: Input = own.instantiate(vocabulary=vocabulary, cache_dir=cache)
+    made: Input = own.instantiate(vocabulary=vocabulary, cache_dir=cache, data_rank=data_rank, data_ranks=data_ranks)
     return made
 
 
-def eval_inputs(params: Run.Params, *, names: tuple[str, ...], vocabulary: Vocabulary, cache: Path) -> dict[str, Input]:
-    """Returns the evaluation inputs called `names`, or all if there are none.
+def eval_inputs(
+    params: Run.Params,
+    *,
+    names: tuple[str, ...],
+    vocabulary: Vocabulary,
+    cache: Path,
+    data_rank: int = 0,
+    data_ranks: int = 1,
+) -> dict[str, Input]:
+    """Returns one data rank's evaluation inputs called `names`, or all if there are none.
 
     Raises:
         ParamsError: there is no input of one of the names.
     """
     return {
-        name: input_params.instantiate(vocabulary=vocabulary, cache_dir=cache)
+        name: input_params.instantiate(
+            vocabulary=vocabulary, cache_dir=cache, data_rank=data_rank, data_ranks=data_ranks
+        )
         for name, input_params in chosen_inputs(params, names=names)
     }
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import shutil
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,16 +14,20 @@ from megaseq.base import NestedMap
 from megaseq.base.errors import MegaseqError
 from megaseq.data.input import Input
 from megaseq.data.vocabulary import Vocabulary
+from megaseq.parallel.process import EndedElsewhereError, current_team
 from megaseq.train import parts
-from megaseq.train.device import device_name, resolve_device
+from megaseq.train.agreement import Agreement, cells
+from megaseq.train.device import device_name
 from megaseq.train.early_stop import EarlyStop
 from megaseq.train.engine import Engine
 from megaseq.train.experiment import Run
 from megaseq.train.meter import Meter
 from megaseq.train.program import Program
+from megaseq.train.ranks import begin, placement
 from megaseq.train.run_dir import RunDirectory, write_atomically
 from megaseq.train.saving import Position, Saver
 from megaseq.train.signals import Interrupted, StopSignals
+from megaseq.train.spread import spread_over
 from megaseq.train.tracking import Callback, Callbacks, RunFacts
 from megaseq.train.tracking.git import git_state
 from megaseq.train.validation import Validation
@@ -39,30 +44,36 @@ class Trainer:
         allow_changed_params: bool = False,
         callbacks: Sequence[Callback] = (),
     ) -> None:
-        """Checks everything that can be checked before a model is built.
+        """Checks everything that can be checked before a model is built; all ranks of the run do so together.
 
         Args:
             params: complete; a copy is kept.
             run_dir: made where it does not exist.
             allow_changed_params: go on with a run that was begun with other params.
-            callbacks: further listeners, after the trackers of the params.
+            callbacks: further listeners, after the trackers of the params; like these, rank 0 has them.
 
         Raises:
-            ParamsError: the params have problems, or ask for a GPU that is not there.
+            ParamsError: the params have problems, ask for a GPU that is not there or a layout that does not work.
             TrainingError: the directory holds something else.
         """
         parts.check_params(params)
-        self._device = resolve_device(params.train.device)
+        self.team = current_team()
+        self._device, self.mesh = begin(params, team=self.team)
         self.params = params.copy().freeze()
         self.run_dir = RunDirectory(run_dir)
-        self.changes = self.run_dir.prepare(self.params, allow_changed_params=allow_changed_params)
+        self.changes: list[str] = []
+        trackers: list[Callback] = []
+        if self.team.is_first:
+            # The others write nothing and tell nothing.
+            self.changes = self.run_dir.prepare(self.params, allow_changed_params=allow_changed_params)
+            trackers = [*self.params.tracking.instantiate().callbacks(run_dir=self.run_dir.path), *callbacks]
+        self.team.meet("run directory")
         self._program: Program = self.params.train.instantiate()
-        self._callback = Callbacks(
-            [*self.params.tracking.instantiate().callbacks(run_dir=self.run_dir.path), *callbacks]
-        )
+        self._callback = Callbacks(trackers)
         self._early_stop: EarlyStop = self.params.train.early_stop.instantiate()
         self._meter = Meter()
         self._signals = StopSignals()
+        self._agreement = Agreement(self.team, signals=self._signals, time_is_up=self._time_is_up)
         self._in_set_up = True
         """Whether there is nothing yet that a signal would lose."""
         self._step = 0
@@ -84,7 +95,11 @@ class Trainer:
             stack.callback(self.run_dir.unlock)
             stack.callback(lambda: self._callback.on_finish(status=status))
             stack.push(lambda kind, error, trace: self._write_status(status, failed=kind is not None))
-            status = self._run()
+            try:
+                status = self._run()
+            except EndedElsewhereError as ended:
+                status = "failed" if ended.code else "stopped"
+                raise
         return status
 
     def _run(self) -> str:
@@ -96,13 +111,20 @@ class Trainer:
             # A library that calls back into Python may have turned the interruption into an error of its own.
             if not self._in_set_up or not self._signals.requested:
                 raise
-            self._callback.on_message(f"{self._signals.requested}: nothing to save yet, the same command begins again")
+            text = f"{self._signals.requested}: nothing to save yet, the same command begins again"
+            if self.team.world_size > 1:
+                if self.team.end(code=0, text=text):
+                    print(text, file=sys.stderr)
+                raise EndedElsewhereError(0) from None
+            self._callback.on_message(text)
             return "stopped"
         finally:
             self._signals.raises = False
 
     def _write_status(self, status: str, *, failed: bool) -> None:
         """Records how the run has ended; where it has failed, that error is told, not one of this file."""
+        if not self.team.is_first:
+            return
         try:
             self.run_dir.write_status(step=self._step, status=status)
         except OSError as error:
@@ -115,8 +137,17 @@ class Trainer:
     def _set_up(self) -> None:
         p = self.params
         cache = parts.cache_dir(p, run_dir=self.run_dir.path)
-        self.vocabulary = self._open_vocabulary(cache)
-        self.data: Input = parts.train_input(p, vocabulary=self.vocabulary, cache=cache)
+        spread = spread_over(self.mesh, params=p.parallel, team=self.team, device=self._device)
+        with self.team.watchdog.paused("reading the data"):
+            self.vocabulary = self._open_vocabulary(cache)
+            self.data: Input = parts.train_input(
+                p,
+                vocabulary=self.vocabulary,
+                cache=cache,
+                data_rank=spread.data_rank,
+                data_ranks=spread.data_ranks,
+            )
+        self.team.meet("training data")
         self.engine = Engine(
             parts.task_params(p, vocabulary=self.vocabulary),
             learner_params=p.learner,
@@ -124,26 +155,42 @@ class Trainer:
             precision=p.train.precision,
             accumulation=p.train.accumulation,
             device=self._device,
+            mesh=self.mesh if self.team.world_size > 1 else None,
+            parallel=p.parallel,
             activation_checkpointing=p.train.activation_checkpointing,
             compiled=p.train.compile,
         )
-        write_atomically(self.run_dir.parameters_txt, f"{self.engine.learner.listing()}\n")
+        if self.team.is_first:
+            write_atomically(self.run_dir.parameters_txt, f"{self.engine.learner.listing()}\n")
         self._saver = Saver(p, run_dir=self.run_dir, vocabulary=self.vocabulary, engine=self.engine)
         self._validation = Validation(
             params=p,
             vocabulary=self.vocabulary,
             cache=cache,
-            run_dir=self.run_dir,
+            run_dir=self.run_dir if self.team.is_first else None,
             callback=self._callback,
-            keep_going=lambda: not self._signals.requested,
+            keep_going=self._agreement.keep_going,
             to_device=self.engine.to_device,
+            spread=spread,
         )
         program = p.train
         if program.eval_at_end or program.eval_interval_steps or program.decode_at_end or program.decode_interval_steps:
             # A bad line in evaluation data is to be known now and not after the training.
-            self._validation.open()
+            with self.team.watchdog.paused("reading the evaluation data"):
+                self._validation.open()
+            self.team.meet("evaluation data")
 
     def _open_vocabulary(self, cache: Path) -> Vocabulary:
+        """Makes the vocabulary on rank 0, however long that takes, and gives it to the others."""
+        own = self._make_vocabulary(cache) if self.team.is_first else None
+        if self.team.world_size == 1 and own is not None:
+            return own
+        self.team.meet("vocabulary")
+        files = {} if own is None else {name: data.decode("latin-1") for name, data in own.save_files().items()}
+        files = {name: text.encode("latin-1") for name, text in self.team.share(files).items()}
+        return own or self.params.vocabulary.instantiate(files=files)
+
+    def _make_vocabulary(self, cache: Path) -> Vocabulary:
         """Restores the vocabulary of the run, or builds it and keeps its files in the run directory."""
         directory = self.run_dir.vocabulary
         if directory.is_dir():
@@ -218,7 +265,10 @@ class Trainer:
             git=git_state(),
         )
         self._callback.on_start(facts)
-        self.run_dir.write_status(step=self._step, status="running")
+        if self.team.is_first:
+            self.run_dir.write_status(step=self._step, status="running")
+        for line in placement(self.mesh, team=self.team, device=device_name(self.engine.device)):
+            self._callback.on_message(line)
         count = sum(parameter.numel() for parameter in self.engine.task.parameters())
         begin = f"goes on from step {self._step}" if resumed else "begins"
         self._callback.on_message(
@@ -238,19 +288,22 @@ class Trainer:
             first = next(batches)  # With it the caches are there.
             batches = itertools.chain([first], batches)
             self._end_set_up()
-        while not self._signals.requested:
+        while not self._agreement.signal:
+            self.team.watchdog.beat(step=self._step, doing="training")
             begin = time.perf_counter()
             batch: NestedMap = next(batches)
             fetched = time.perf_counter()
+            self._agreement.begin_step(cells(batch))
             result = self.engine.train_step(batch, step=self._step)
             self._step += 1
-            self._meter.add(result, batch=batch, seconds=time.perf_counter() - begin, wait_seconds=fetched - begin)
+            time_is_up, counts = self._agreement.end_step()
+            self._meter.add(result, cells=counts, seconds=time.perf_counter() - begin, wait_seconds=fetched - begin)
             if result.skipped:
                 self._callback.on_message(
                     f"step {self._step}: skipped, its gradient norm {result.grad_norm:g} is {result.skipped}"
                 )
             self._callback.on_progress(step=self._step)
-            reason = self._reason_to_end()
+            reason = self._reason_to_end(time_is_up=time_is_up)
             if reason or self._step % self.params.train.log_interval_steps == 0:
                 self._log(learning_rate=result.learning_rate)
             self._pending = {}
@@ -258,7 +311,7 @@ class Trainer:
                 return "finished"
         if self._pending is not None or not self._saver.saved(step=self._step):
             self._save(metrics=self._pending or {})
-        self._callback.on_message(f"{self._signals.requested}: saved at step {self._step}, the same command goes on")
+        self._callback.on_message(f"{self._agreement.signal}: saved at step {self._step}, the same command goes on")
         return "stopped"
 
     def _after_step(self, *, reason: str, resumed: bool = False) -> bool:
@@ -272,7 +325,7 @@ class Trainer:
         """
         step = self._step
         figures = self._pending = self._validate(at_end=bool(reason), before=self._pending or {})
-        if self._signals.requested:
+        if self._agreement.signal:
             return False
         self._early_stop.observe(figures, step=step)
         reason = reason or self._early_stop.reason_to_stop(step=step)
@@ -284,11 +337,15 @@ class Trainer:
             self._callback.on_message(f"finished at step {step}: {reason}")
         return bool(reason)
 
-    def _reason_to_end(self) -> str:
+    def _time_is_up(self) -> bool:
+        limit = self.params.train.max_minutes
+        return limit > 0 and time.monotonic() - self._begun >= 60 * limit
+
+    def _reason_to_end(self, *, time_is_up: bool = False) -> str:
         p = self.params.train
         if self._step >= p.max_steps:
             return f"train.max_steps is {p.max_steps}"
-        if p.max_minutes and time.monotonic() - self._begun >= 60 * p.max_minutes:
+        if time_is_up:
             return f"train.max_minutes is {p.max_minutes:g}"
         return ""
 
@@ -314,12 +371,15 @@ class Trainer:
         with self.engine.evaluating() as task:
             if evaluates:
                 figures |= self._validation.evaluate(task, step=step)
-            if decodes and not self._signals.requested:
+            if decodes and not self._agreement.signal:
                 limit = 0 if at_end else p.decode_max_examples
                 figures |= self._validation.decode(task, step=step, max_examples=limit)
         return figures
 
     def _save(self, *, metrics: dict[str, float]) -> None:
+        self.team.watchdog.beat(doing="saving")
+        if not self.team.is_first:
+            return
         self._saver.save(
             Position(
                 step=self._step,
@@ -330,4 +390,5 @@ class Trainer:
             ),
             metrics=metrics,
         )
-        self.run_dir.write_status(step=self._step, status="running")
+        if self.team.is_first:
+            self.run_dir.write_status(step=self._step, status="running")

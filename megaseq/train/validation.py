@@ -16,6 +16,7 @@ from megaseq.train.decoding import DecodedSet, decode_set, write_decodes
 from megaseq.train.evaluation import evaluate
 from megaseq.train.experiment import Run
 from megaseq.train.run_dir import RunDirectory
+from megaseq.train.spread import ALONE, Spread
 from megaseq.train.tracking import Callback, Sample
 
 
@@ -36,6 +37,8 @@ class Validation:
     keep_going: Callable[[], bool] = lambda: True
     """Asked between batches; on False what runs is given up without a figure."""
     to_device: Callable[[NestedMap], NestedMap] = _unmoved
+    spread: Spread = ALONE
+    """How ranks share the work; figures are the same on all of them."""
     last_scores: dict[str, dict[str, Score]] = dataclasses.field(default_factory=dict)
     """Scores, with signatures, of what was decoded last, by input."""
     _inputs: dict[str, Input] = dataclasses.field(default_factory=dict)
@@ -52,7 +55,14 @@ class Validation:
         program = self.params.train
         both = program.eval_names and program.decode_names
         names = tuple(dict.fromkeys((*program.eval_names, *program.decode_names))) if both else ()
-        self._inputs = parts.eval_inputs(self.params, names=names, vocabulary=self.vocabulary, cache=self.cache)
+        self._inputs = parts.eval_inputs(
+            self.params,
+            names=names,
+            vocabulary=self.vocabulary,
+            cache=self.cache,
+            data_rank=self.spread.data_rank,
+            data_ranks=self.spread.data_ranks,
+        )
 
     def evaluate(self, task: BaseTask, *, step: int) -> dict[str, float]:
         """Returns, and tells the trackers, `eval/NAME/loss` and the other means of every evaluation input.
@@ -65,7 +75,13 @@ class Validation:
         figures: dict[str, float] = {}
         for name in self.params.train.eval_names or tuple(self._inputs):
             data = self._inputs[name]
-            means = evaluate(task, batches=data.epoch_batches(), to_device=self.to_device, keep_going=self.keep_going)
+            means = evaluate(
+                task,
+                batches=data.epoch_batches(),
+                to_device=self.to_device,
+                keep_going=self.keep_going,
+                spread=self.spread,
+            )
             figures |= {f"eval/{name}/{key}": value for key, value in means.items()}
         if figures and self.keep_going():
             self.callback.on_metrics(figures, step=step)
@@ -115,6 +131,7 @@ class Validation:
             vocabulary=self.vocabulary,
             search=search or task.default_search(),
             keep_going=self.keep_going,
+            spread=self.spread,
         )
 
 
