@@ -32,3 +32,14 @@ class Pipeline(Configurable):
                     yield f"{name}: must not be negative, but is {getattr(self, name)}. Use 0 for automatic."
 
     params: Params
+
+
+def stages_per_rank(params: Pipeline.Params) -> int:
+    """Returns the stages of one rank: what is asked for, or what the schedule wants."""
+    several = params.schedule in ("interleaved", "zero_bubble_v")
+    return params.stages_per_rank or (2 if several else 1)
+
+
+def micro_batches_of(params: Pipeline.Params, *, accumulation: int, ranks: int) -> int:
+    """Returns the parts that a rank's rows go through a pipeline of `ranks` in."""
+    return params.micro_batches or max(accumulation, ranks)

@@ -1,0 +1,122 @@
+"""A stage as torch.distributed.pipelining sees it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.pipelining import PipelineStage
+
+from megaseq.parallel.pipeline.job import PipelineJob, Shapes
+from megaseq.parallel.pipeline.plan import Stage
+from megaseq.parallel.spec import Flow, Pipelined
+
+
+class StageModule(nn.Module):
+    """Runs the units of a stage on the micro-batch that it is told; its parameters are those of the units."""
+
+    def __init__(self, model: Pipelined, *, stage: Stage) -> None:
+        super().__init__()
+        self.stage = stage
+        self.job: PipelineJob | None = None
+        self.micro_batch = 0
+        # In a list: the model must not become a child, of which other stages of this rank would then be parts.
+        self._model = [model]
+        # No buffers: a schedule asks for parameters alone.
+        self.weights = nn.ParameterList(_parameters_of(model, stage=stage))
+
+    def forward(self, *received: Tensor) -> Tensor | tuple[Tensor, ...]:
+        """Maps what the stage before has sent to what the next one gets; the last stage gives the scaled loss."""
+        job = self.job
+        if job is None:
+            raise RuntimeError("pipeline: must be told its micro-batches, but a stage has none.")
+        job.before_forward(self.micro_batch)
+        with job.forward_context():
+            left = self.run(received, batch=job.batches[self.micro_batch])
+            if not self.stage.is_last:
+                return tuple(left[flow.name].to(job.dtype).contiguous() for flow in self.stage.leaves)
+            output = self.output(left, batch=job.batches[self.micro_batch])
+        loss: Tensor = output.loss_sum
+        # Kept without the graph, which the schedule frees micro-batch by micro-batch.
+        job.outputs[self.micro_batch] = dataclasses.replace(output, loss_sum=loss.detach().clone())
+        return loss * job.scale if job.scale is not None else loss.clone()
+
+    def run(self, received: tuple[Tensor, ...], *, batch: Any) -> Mapping[str, Tensor]:
+        """Runs the units; returns what the last of them leaves."""
+        carry = {flow.name: tensor for flow, tensor in zip(self.stage.enters, received, strict=True)}
+        return self._model[0].run_units(carry, batch=batch, units=self.stage.units)
+
+    def output(self, left: Mapping[str, Tensor], *, batch: Any) -> Any:
+        """Returns the loss output of what the last unit left."""
+        return self._model[0].output_of(left, batch=batch)
+
+
+class ScheduledStage(PipelineStage):
+    """Tells its module which micro-batch comes, and the job which backward passes are done."""
+
+    submod: StageModule
+
+    def forward_one_chunk(self, fwd_chunk_id: int, *arguments: Any, **options: Any) -> Any:
+        """See `PipelineStage`."""
+        self.submod.micro_batch = fwd_chunk_id
+        return super().forward_one_chunk(fwd_chunk_id, *arguments, **options)
+
+    def backward_one_chunk(
+        self, bwd_chunk_id: int, loss: Tensor | None = None, full_backward: bool = True, last_backward: bool = False
+    ) -> None:
+        """See `PipelineStage`."""
+        job = self.submod.job
+        if job is not None and full_backward:
+            job.before_backward()
+        super().backward_one_chunk(bwd_chunk_id, loss, full_backward, last_backward)
+        if job is not None and full_backward:
+            job.after_backward()
+
+    def backward_weight_one_chunk(self, bwd_chunk_id: int, last_backward: bool = False) -> None:
+        """See `PipelineStage`."""
+        super().backward_weight_one_chunk(bwd_chunk_id, last_backward)
+        if self.submod.job is not None:
+            self.submod.job.after_backward()
+
+
+def make_scheduled_stage(
+    module: StageModule, *, num_stages: int, shapes: Shapes, dtype: torch.dtype, device: torch.device, group: Any
+) -> ScheduledStage:
+    """Returns the stage for micro-batches of one shape; it takes no more than the buffers that it receives into.
+
+    Args:
+        module: what it runs.
+        num_stages: of the whole pipeline.
+        shapes: of the activations.
+        dtype: of the activations.
+        device: of this rank.
+        group: the ranks of the pipeline.
+    """
+    stage = module.stage
+    outputs = tuple(_meta(flow, shapes=shapes, dtype=dtype) for flow in stage.leaves)
+    if stage.is_last:
+        outputs = (torch.empty((), device="meta", dtype=torch.float32, requires_grad=True),)
+    process_group: dist.ProcessGroup = group
+    return ScheduledStage(
+        module,
+        stage.index,
+        num_stages,
+        device,
+        # Static: to infer them, the schedule would run the stages, dropout, hooks of an optimizer and all.
+        input_args=tuple(_meta(flow, shapes=shapes, dtype=dtype) for flow in stage.enters),
+        output_args=outputs,
+        group=process_group,
+    )
+
+
+def _meta(flow: Flow, *, shapes: Shapes, dtype: torch.dtype) -> Tensor:
+    return torch.empty((*shapes[flow.side], flow.width), device="meta", dtype=dtype, requires_grad=True)
+
+
+def _parameters_of(model: Any, *, stage: Stage) -> list[nn.Parameter]:
+    names = {name for unit in stage.units for name in unit.tensors}
+    return [parameter for name, parameter in model.named_parameters() if name in names]

@@ -1,0 +1,123 @@
+"""Stages against the whole model: losses and gradients of every schedule, forward passes alone, tied tensors."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+
+from megaseq.base import NestedMap
+from megaseq.layers.base import StepContext, bind, initialize
+from megaseq.parallel.layout import resolve_layout
+from megaseq.parallel.layout import Parallel
+from megaseq.parallel.mesh import Mesh
+from megaseq.parallel.pipeline import PipelineRunner, StagePlan, TiedTensors, keep_tensors, make_plan
+from megaseq.parallel.pipeline.job import PipelineJob
+from megaseq.parallel.pipeline_params import Pipeline
+from megaseq.tasks.translation import Translation
+from megaseq.train.rows import split_rows
+
+from .harness import run_ranks
+from .parity import packed_batch, task_params
+
+
+def _task(changes: dict[str, Any]) -> tuple[Translation, StepContext]:
+    params = task_params()
+    for path, value in changes.items():
+        params.set(path, value, origin="the test")
+    task: Translation = params.instantiate()
+    initialize(task, seed=3)
+    return task, bind(task, seed=3)
+
+
+def _enter(context: StepContext, *, step: int, index: int, rows: int) -> None:
+    context.step, context.row_start = step, index * rows
+
+
+def _whole(changes: dict[str, Any], *, steps: int, count: int, varying: bool) -> tuple[list[float], dict[str, Any]]:
+    """Losses of each micro-batch and gradients, summed over the steps, of the whole model."""
+    task, context = _task(changes)
+    losses = []
+    for step in range(steps):
+        for index, batch in enumerate(split_rows(packed_batch(step, varying=varying), parts=count)):
+            _enter(context, step=step, index=index, rows=8 // count)
+            output = task.compute_loss(batch)
+            (output.loss_sum * 0.5).backward()  # type: ignore[no-untyped-call]
+            losses.append(float(output.loss_sum.detach()))
+    return losses, {name: parameter.grad for name, parameter in task.named_parameters()}
+
+
+def _setup(
+    rank: int, *, world_size: int, pipeline: dict[str, Any], changes: dict[str, Any]
+) -> tuple[Translation, StepContext, Mesh, StagePlan, PipelineRunner]:
+    layout = resolve_layout(Parallel.Params(pipe=world_size), world_size=world_size)
+    mesh = Mesh(layout, rank=rank)
+    task, context = _task(changes)
+    plan = make_plan(task.units(), params=Pipeline.Params(**pipeline), ranks=world_size)
+    keep_tensors(task, names=plan.tensors_of(rank))
+    runner = PipelineRunner(task, plan=plan, mesh=mesh, device=torch.device("cpu"))
+    return task, context, mesh, plan, runner
+
+
+def _shapes(batch: NestedMap) -> dict[str, tuple[int, int]]:
+    return {side: (batch[side].ids.shape[0], batch[side].ids.shape[1]) for side in ("source", "target")}
+
+
+def _check_gradients(
+    rank: int, world_size: int, pipeline: dict[str, Any], changes: dict[str, Any], count: int, varying: bool
+) -> list[float]:
+    """Compares this rank's gradients of two steps with the whole model's; returns what it saw of the losses."""
+    task, context, mesh, _, runner = _setup(rank, world_size=world_size, pipeline=pipeline, changes=changes)
+    tied = TiedTensors(dict(task.named_parameters()), mesh=mesh)
+    expected_losses, expected = _whole(changes, steps=2, count=count, varying=varying)
+    losses: list[float] = []
+    backwards = itertools.count()
+    for step in range(2):
+        parts = split_rows(packed_batch(step, varying=varying), parts=count)
+        job = PipelineJob(
+            batches=parts,
+            shapes=_shapes(parts[0]),
+            dtype=torch.float32,
+            scale=torch.tensor(0.5),
+            before_forward=lambda index, step=step: _enter(context, step=step, index=index, rows=8 // count),  # type: ignore[misc]
+            after_backward=lambda: None if next(backwards) < 0 else None,
+        )
+        runner.step(job)
+        losses += [float(job.outputs[index].loss_sum) for index in sorted(job.outputs)]
+    assert next(backwards) == 2 * count * len(runner.modules)
+    gradients = {}
+    for name, parameter in task.named_parameters():
+        assert parameter.grad is not None, f"no gradient of {name}"
+        gradients[name] = parameter.grad
+    tied.sum(gradients)
+    assert tied.names == {name for name in gradients if name in tied.names}
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-5, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")  # type: ignore[misc]
+    if runner.has_last:
+        torch.testing.assert_close(losses, expected_losses, rtol=1e-6, atol=0)
+    return losses
+
+
+
+CASES = [
+    ("gpipe", 2, {"schedule": "gpipe"}, {}, 2, False),
+    ("1f1b", 2, {"schedule": "1f1b"}, {}, 4, True),
+    ("interleaved", 2, {"schedule": "interleaved"}, {}, 2, True),
+    ("zero_bubble_v", 2, {"schedule": "zero_bubble_v"}, {}, 4, True),
+    ("uneven", 4, {"schedule": "1f1b"}, {}, 4, False),
+    ("one-unit-a-stage", 4, {"schedule": "zero_bubble_v", "split": (1, 1, 1, 1, 1, 1, 1, 1)}, {}, 8, False),
+    ("cut-after-embedding", 2, {"schedule": "zero_bubble_v", "split": (2, 3, 2, 1)}, {}, 4, False),
+]
+
+
+@pytest.mark.parametrize(
+    ("world_size", "pipeline", "changes", "count", "varying"), [case[1:] for case in CASES], ids=[c[0] for c in CASES]
+)
+def test_stages_have_the_gradients_of_the_whole(
+    world_size: int, pipeline: dict[str, Any], changes: dict[str, Any], count: int, varying: bool
+) -> None:
+    arguments = (world_size, pipeline, changes, count, varying)
+    results = run_ranks(_check_gradients, world_size=world_size, arguments=arguments)
+    assert sum(bool(losses) for losses in results) == 1
