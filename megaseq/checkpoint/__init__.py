@@ -8,6 +8,7 @@ from megaseq.checkpoint.directory import find_checkpoint, list_steps
 from megaseq.checkpoint.inspect import inspect
 from megaseq.checkpoint.manifest import DamagedError
 from megaseq.checkpoint.piece import Piece, fragment_pieces, shard_pieces, whole_piece
+from megaseq.checkpoint.ranks import Ranks
 from megaseq.checkpoint.reading import OpenCheckpoint, Restored, load_checkpoint
 from megaseq.checkpoint.safetensors_file import export_safetensors
 from megaseq.checkpoint.warm_start import WarmStart, WarmStartReport, WarmStartRule, init_from
@@ -17,6 +18,7 @@ __all__ = [
     "DamagedError",
     "OpenCheckpoint",
     "Piece",
+    "Ranks",
     "Restored",
     "WarmStart",
     "WarmStartReport",

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
 from megaseq.base import REQUIRED, Configurable
 from megaseq.base.errors import CheckpointError
 from megaseq.checkpoint.average import EMA_PREFIX, Weights
+from megaseq.checkpoint.piece import Piece, as_pieces
+from megaseq.checkpoint.ranks import Ranks
 from megaseq.checkpoint.reading import OpenCheckpoint
 
 
@@ -45,10 +47,13 @@ class WarmStart(Configurable):
 
     params: Params
 
-    def load(self, named_parameters: Mapping[str, Tensor]) -> WarmStartReport:
+    def load(
+        self, named_parameters: Mapping[str, Tensor] | Sequence[Piece], *, ranks: Ranks | None = None
+    ) -> WarmStartReport:
         """Loads into `named_parameters` in place; see `init_from`."""
         rules = [(rule.pattern, rule.replacement) for rule in self.params.rules]
-        return init_from(self.params.path, named_parameters=named_parameters, rules=rules, weights=self.params.weights)
+        weights = self.params.weights
+        return init_from(self.params.path, named_parameters=named_parameters, rules=rules, weights=weights, ranks=ranks)
 
 
 @dataclass(frozen=True)
@@ -82,23 +87,33 @@ class WarmStartReport:
 def init_from(
     path: str | os.PathLike[str],
     *,
-    named_parameters: Mapping[str, Tensor],
+    named_parameters: Mapping[str, Tensor] | Sequence[Piece],
     rules: Sequence[tuple[str, str]] = (),
     weights: Weights = "auto",
+    ranks: Ranks | None = None,
 ) -> WarmStartReport:
     """Loads parameters from another checkpoint, in place; all or none.
 
     Args:
-        path: Checkpoint, or run directory, of the other run.
-        named_parameters: This run's, by full path.
+        path: Checkpoint, or run directory, of the other run; on whatever layout that was.
+        named_parameters: This run's, by full path; or the pieces that this rank has of them.
         rules: (pattern, replacement) pairs, see `WarmStart`; none loads everything under its own path.
         weights: Which values of the other run.
+        ranks: That call this together, each with its pieces; None is this process alone.
+
+    Returns:
+        What was done to the parameters of all ranks.
 
     Raises:
-        CheckpointError: When a rule matches nothing, a source is missing, or a shape or type differs.
+        CheckpointError: When a rule matches nothing, a source is missing, or a shape differs; raised on all ranks.
     """
-    opened = OpenCheckpoint(path)
-    sources, kept = _sources(named_parameters, rules=rules or [("^", "")])
+    ranks = ranks or Ranks(alone=True)
+    pieces = as_pieces(named_parameters)
+    opened = ranks.together(lambda: OpenCheckpoint(path))
+    shapes: dict[str, tuple[int, ...]] = {}
+    for of_rank in ranks.gather({piece.name: piece.global_shape for piece in pieces}):
+        shapes.update(of_rank)
+    sources, kept = _sources(shapes, rules=rules or [("^", "")])
     problems: list[str] = []
     reads: dict[str, str] = {}
     for name, source in sources.items():
@@ -108,24 +123,21 @@ def init_from(
         entry = opened.entries.get(stored)
         if entry is None:
             problems.append(f"{stored}, for {name}, is not in it")
-        elif entry.size != named_parameters[name].shape:
-            problems.append(f"{stored} is {list(entry.size)}, but {name} is {list(named_parameters[name].shape)}")
+        elif tuple(entry.size) != shapes[name]:
+            problems.append(f"{stored} is {list(entry.size)}, but {name} is {list(shapes[name])}")
     if problems:
         more = f", and {len(problems) - 3} more" if len(problems) > 3 else ""
         raise CheckpointError(
             f"{opened.path}: must hold what the rules ask for, but {'; '.join(problems[:3])}{more}. Mend the rules."
         )
-    values = opened.read(sorted(set(reads.values())))
-    for name, stored in reads.items():
-        named_parameters[name].detach().copy_(values[stored])
+    wanted = [replace(piece, name=reads[piece.name]) for piece in pieces if piece.name in reads]
+    opened.read_pieces(wanted, ranks=ranks)
     used = set(reads.values())
     unused = tuple(n for n in opened.entries if n not in used and not n.startswith(("learner.", EMA_PREFIX)))
     return WarmStartReport(path=str(opened.path), loaded=reads, kept=kept, unused=unused)
 
 
-def _sources(
-    names: Mapping[str, Tensor], *, rules: Sequence[tuple[str, str]]
-) -> tuple[dict[str, str], tuple[str, ...]]:
+def _sources(names: Collection[str], *, rules: Sequence[tuple[str, str]]) -> tuple[dict[str, str], tuple[str, ...]]:
     """Returns the source of each parameter that a rule matches, and the parameters that none does."""
     compiled = []
     for pattern, replacement in rules:

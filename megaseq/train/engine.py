@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from megaseq.base import NestedMap
-from megaseq.checkpoint import WarmStart, WarmStartReport
+from megaseq.checkpoint import Ranks, WarmStart, WarmStartReport
 from megaseq.checkpoint.piece import Piece
 from megaseq.learner import Learner
 from megaseq.parallel.gradients import all_reduce_sum
@@ -196,7 +196,7 @@ class Engine:
         Raises:
             CheckpointError: the other checkpoint does not hold what is asked for.
         """
-        report = source.load({piece.name: piece.tensor for piece in self.updater.parameter_pieces()})
+        report = source.load(self.updater.parameter_pieces(), ranks=Ranks(alone=self.mesh is None))
         if self.learner.ema is not None:
             self.learner.ema.restart()
         self.updater.publish()

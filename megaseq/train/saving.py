@@ -13,7 +13,7 @@ from torch import Tensor
 
 from megaseq.base import NestedMap
 from megaseq.base.errors import AsText, CheckpointError, must
-from megaseq.checkpoint import Checkpointer, OpenCheckpoint
+from megaseq.checkpoint import Checkpointer, OpenCheckpoint, Ranks
 from megaseq.data.vocabulary import Vocabulary
 from megaseq.tasks.base import BaseTask
 from megaseq.train import parts
@@ -44,13 +44,24 @@ class Position:
 
 
 class Saver:
-    """Saves and restores a run that trains."""
+    """Saves and restores a run that trains; every rank calls the same of it, and gets the same answers."""
 
     def __init__(self, params: Run.Params, *, run_dir: RunDirectory, vocabulary: Vocabulary, engine: Engine) -> None:
+        """Prepares; all ranks do so at the same time.
+
+        Args:
+            params: Of the run.
+            run_dir: Seen by all ranks.
+            vocabulary: Of the run; a checkpoint carries it.
+            engine: Whose state is saved and restored.
+        """
         self._engine = engine
         self._vocabulary = vocabulary
         self._last_step = -1
-        self._checkpointer: Checkpointer = params.checkpoint.instantiate(directory=run_dir.checkpoints)
+        self._ranks = Ranks(alone=engine.mesh is None)
+        self._checkpointer: Checkpointer = params.checkpoint.instantiate(
+            directory=run_dir.checkpoints, ranks=self._ranks, layout=_layout_of(engine)
+        )
         self._files = {PARAMS_FILE: params.to_yaml().encode()} | {
             f"{parts.VOCABULARY}/{name}": data for name, data in vocabulary.save_files().items()
         }
@@ -71,7 +82,7 @@ class Saver:
         }
         self._checkpointer.save(
             step=position.step,
-            tensors=self._engine.state_tensors(),
+            tensors=self._engine.pieces(),
             state=state,
             files=self._files,
             metrics=metrics,
@@ -86,6 +97,8 @@ class Saver:
     def restore(self, *, message: Callable[[str], object]) -> Position | None:
         """Loads the newest whole checkpoint into the engine; None where the run has none yet.
 
+        It may have been written on any layout.
+
         Args:
             message: told of newer checkpoints that are damaged and were passed over.
 
@@ -93,15 +106,15 @@ class Saver:
             CheckpointError: all are damaged, or they are another model's.
             DataError: they were trained with another vocabulary.
         """
-        if self._checkpointer.latest() is None:
+        if self._ranks.on_first(self._checkpointer.latest) is None:
             return None
-        restored = self._checkpointer.restore(tensors=self._engine.state_tensors())
+        restored = self._checkpointer.restore(tensors=self._engine.pieces())
         for line in restored.messages:
             message(f"{line} Going on from step {restored.step}.")
         state = restored.state
         self._vocabulary.check_fingerprint(str(state.get("vocabulary")), where=str(restored.path))
         self._last_step = restored.step
-        self._engine.load_state(restored.tensors, learner_state=state["learner"])
+        self._engine.loaded(learner_state=state["learner"])
         return Position(
             step=restored.step,
             data=state["data"],
@@ -109,6 +122,14 @@ class Saver:
             early_stop=state["early_stop"],
             pending=state.get("pending"),
         )
+
+
+def _layout_of(engine: Engine) -> str:
+    """Returns the layout in words, for the manifest."""
+    if engine.mesh is None:
+        return "one process"
+    stage = engine.parallel.zero.stage
+    return f"{engine.mesh.layout}{f', zero {stage}' if stage else ''}"
 
 
 @dataclasses.dataclass(frozen=True)
