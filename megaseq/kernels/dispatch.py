@@ -22,6 +22,7 @@ IMPLEMENTATIONS: Mapping[str, tuple[str, ...]] = {
     "attention": ("reference", "sdpa", "segments", "native", "triton"),
     "cross_entropy": ("reference", "chunked", "triton"),
     "dropout": ("reference", "native", "triton"),
+    "grouped_linear": ("reference", "grouped_mm"),
 }
 """All ops and the names of their implementations, also of those that need hardware or packages that may be absent."""
 

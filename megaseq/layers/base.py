@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from megaseq.base import FROM_PARENT, Configurable
 from megaseq.base.errors import ParamsError, must
 from megaseq.kernels.dropout import dropout, dropout_add
+from megaseq.layers.auxiliary import AuxiliaryLoss
 from megaseq.layers.initializers import Initializer
 from megaseq.layers.tokens import Tokens, starts
-from megaseq.parallel.spec import AXES, Axis, ParameterSpec
+from megaseq.parallel.spec import AXES, Axis, ParameterSpec, Ranks, shard_of
 
 AnyParams = TypeVar("AnyParams", bound=Configurable.Params)
 
@@ -31,6 +32,8 @@ class StepContext:
     """Number, in the step's global batch, of the first row that the forward pass has."""
     row_stride: int = 1
     """From one row that the forward pass has to the next, in the numbers of the global batch: data-parallel ranks."""
+    auxiliary: list[AuxiliaryLoss] | None = None
+    """Layers put here what they add to the loss of the forward pass that is going on; None: nobody wants to know."""
 
 
 def stable_hash(text: str) -> int:
@@ -44,12 +47,16 @@ class Layer(nn.Module, Configurable):
     class Params(Configurable.Params):
         pass
 
+    divisible = False
+    """Whether the layer works with parameters of its own that tensor ranks have divided."""
+
     def __init__(self, p: Params) -> None:
         nn.Module.__init__(self)
         Configurable.__init__(self, p)
         self.path = ""
         self.path_hash = 0
         self.context = StepContext()
+        self.ranks: Ranks | None = None
 
     def create_parameter(
         self,
@@ -60,6 +67,7 @@ class Layer(nn.Module, Configurable):
         init: Initializer,
         parts: tuple[int, ...] = (),
         part_inits: tuple[Initializer, ...] = (),
+        granule: int = 1,
     ) -> nn.Parameter:
         """Registers and returns an uninitialised float32 parameter; `initialize` gives it its values.
 
@@ -70,6 +78,7 @@ class Layer(nn.Module, Configurable):
             init: first values.
             parts: sizes along dimension 0 of fused projections, see `ParameterSpec`.
             part_inits: first values of each part, where they differ.
+            granule: elements of one head, in the dimension of `heads`.
 
         Raises:
             ParamsError: axes that do not fit the shape or are unknown, parts that do not add up.
@@ -87,10 +96,26 @@ class Layer(nn.Module, Configurable):
         if part_inits and len(part_inits) != len(parts):
             raise must(name, f"have an initialiser for each of {len(parts)} parts", len(part_inits), "Give one each")
         parameter = nn.Parameter(torch.empty(shape, dtype=torch.float32))
-        spec = ParameterSpec(shape=shape, axes=axes, init=init, parts=parts, part_inits=part_inits)
+        spec = ParameterSpec(shape=shape, axes=axes, init=init, parts=parts, part_inits=part_inits, granule=granule)
         parameter.spec = spec  # type: ignore[attr-defined]
         self.register_parameter(name, parameter)
         return parameter
+
+    def divide(self, ranks: Ranks) -> None:
+        """Learns that tensor ranks share this model: local sizes and exchanges are set here.
+
+        Called once by `parallel.apply`, from the model down to its parts; parameters have their `.shard` then.
+        """
+        self.ranks = ranks
+
+    def whole(self, parameter: Tensor, *, tokens: Tokens | None) -> Tensor:
+        """Returns a parameter that is whole on all ranks, for use on `tokens`.
+
+        Where tensor ranks share these, each has the gradient of its tokens alone, and their sum is taken.
+        """
+        if self.ranks is None or tokens is None or not tokens.divided:
+            return parameter
+        return self.ranks.copy(parameter)
 
     def dropout_key(self, *, site: int = 0) -> tuple[int, int, int]:
         """Returns (seed, step, hash of path and site): this layer's dropout is a function of it and of the elements'
@@ -170,12 +195,16 @@ def initialize(module: nn.Module, *, seed: int, prefix: str = "task") -> None:
             if not isinstance(spec, ParameterSpec):
                 raise must(path, "be made by Layer.create_parameter", "a bare parameter", "Create it through its Layer")
             generator.manual_seed(stable_hash(f"{seed}/{path}"))
-            direct = parameter.device.type == "cpu" and parameter.dtype == torch.float32
+            shard = shard_of(parameter)
+            direct = shard is None and parameter.device.type == "cpu" and parameter.dtype == torch.float32
             values = parameter.data if direct else torch.empty(spec.shape, dtype=torch.float32, device="cpu")
             parts = torch.split(values, list(spec.parts)) if spec.parts else (values,)
             for part, init in zip(parts, spec.part_inits or (spec.init,) * len(parts), strict=True):
                 init.fill(part, generator=generator, axes=spec.axes)
-            if not direct:
+            if shard is not None:
+                for box in shard.boxes:
+                    box.of_local(parameter).copy_(box.of_global(values))
+            elif not direct:
                 parameter.copy_(values)
 
 

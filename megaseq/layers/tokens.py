@@ -66,6 +66,14 @@ def starts(x: Tensor, *, tokens: Tokens, columns: tuple[int, int] | None = None)
     return ((rows[:, None] * tokens.length + places) * total + first).view(-1)
 
 
+def token_numbers(tokens: Tokens, *, batch: int, count: int, device: torch.device) -> Tensor:
+    """Returns the numbers [batch, count] of the tokens of [batch, count, ...] among all rows * T, row-major."""
+    places = tokens.places
+    if places is None:
+        places = torch.arange(tokens.start, tokens.start + count, device=device)
+    return tokens.rows(batch, device=device)[:, None] * tokens.length + places
+
+
 def starts_of_weights(
     *, tokens: Tokens, batch: int, heads: tuple[int, int, int], lengths: tuple[int, int], device: torch.device
 ) -> Start:

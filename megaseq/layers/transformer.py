@@ -8,15 +8,19 @@ import torch
 from torch import Tensor, nn
 
 from megaseq.base import FROM_PARENT, REQUIRED
+from megaseq.base.errors import must
 from megaseq.kernels.attention import AttentionMask
 from megaseq.layers.attention import CrossAttention, SelfAttention
 from megaseq.layers.base import Layer, inherit
 from megaseq.layers.branch import ResidualStyle
 from megaseq.layers.feed_forward import FeedForward
+from megaseq.layers.moe import MixtureOfExperts
 from megaseq.layers.norm import LayerNorm, Norm
 from megaseq.layers.positions import Positions
 from megaseq.layers.relative import PositionBias
 from megaseq.layers.sight import Sight, stream_of
+from megaseq.layers.tokens import Tokens
+from megaseq.parallel.spec import Axis
 
 
 class TransformerLayer(Layer):
@@ -46,7 +50,7 @@ class TransformerLayer(Layer):
         cross_attention: CrossAttention.Params | None = None
         """Attention to the encoder's output; None in an encoder."""
         ffn: FeedForward.Params = FeedForward.Params()
-        """The position-wise block."""
+        """The position-wise block, or a mixture of experts in its place."""
 
     params: Params
 
@@ -58,7 +62,16 @@ class TransformerLayer(Layer):
         self.cross_attention: CrossAttention | None = None
         if p.cross_attention is not None:
             self.cross_attention = inherit(p.cross_attention, **attention, memory_dim=p.memory_dim).instantiate()
-        self.ffn: FeedForward = inherit(p.ffn, **shared, activation_dropout=p.activation_dropout).instantiate()
+        if p.causal and isinstance(p.ffn, MixtureOfExperts.Params) and p.ffn.router.method == "expert_choice":
+            raise must(
+                "ffn.router.method",
+                "be top1 or top2 in a decoder",
+                p.ffn.router.method,
+                "Experts that choose among a row's tokens read later ones",
+            )
+        self.ffn: FeedForward | MixtureOfExperts = inherit(
+            p.ffn, **shared, activation_dropout=p.activation_dropout
+        ).instantiate()
 
     def forward(
         self, x: Tensor, *, sight: Sight, memory: Tensor | None = None, memory_mask: AttentionMask | None = None
@@ -140,6 +153,8 @@ class Stack(Layer):
 
     params: Params
     causal = False
+    read_by: Axis = "heads"
+    """Axis of the outputs of the maps that read the stack's output."""
 
     def __init__(self, p: Params) -> None:
         super().__init__(p)
@@ -181,23 +196,45 @@ class Stack(Layer):
             x = self.positions(x, positions=positions, segment_ids=segment_ids)
         if self.input_norm is not None:
             x = self.input_norm(x)
-        return self.drop(x, rate=self.params.dropout, tokens=self.tokens_of(positions))
+        tokens = self.stream(self.tokens_of(positions))
+        if tokens.divided and self.ranks is not None:
+            x = self.ranks.cut_tokens(x)
+        return self.drop(x, rate=self.params.dropout, tokens=tokens)
+
+    def stream(self, tokens: Tokens) -> Tokens:
+        """Returns what the residual stream has of the `tokens` that the blocks have: a tensor rank's share, or all.
+
+        Rows whose length the tensor ranks do not divide are not shared, on any of them.
+        """
+        count = tokens.length if tokens.places is None else tokens.places.numel()
+        if self.ranks is None or not self.ranks.sequence or count % self.ranks.size:
+            return tokens
+        share = count // self.ranks.size
+        return tokens.part(start=self.ranks.index * share, length=share)
 
     def sight(self, *, segment_ids: Tensor | None, positions: Tensor) -> Sight:
         """Returns what the layers share for one batch; arguments as of `start`."""
         tokens = self.tokens_of(positions)
-        sight = Sight(segment_ids=segment_ids, positions=positions, causal=self.causal, inner=tokens, stream=tokens)
+        sight = Sight(
+            segment_ids=segment_ids, positions=positions, causal=self.causal, inner=tokens, stream=self.stream(tokens)
+        )
         if self.position_bias is not None:
             sight.bias = self.position_bias(positions.shape[-1], device=positions.device)
         return sight
 
     def finish(self, x: Tensor, *, sight: Sight | None = None) -> Tensor:
-        """Returns the stack's output of the residual stream [B, T, D] after the last layer."""
+        """Returns the stack's output [B, T, D] of the residual stream after the last layer, all tokens of it."""
+        tokens = stream_of(sight)
         if self.final_norm is not None:
-            x = self.final_norm(x)
+            x = self.final_norm(x, tokens=tokens)
         if self.params.output_dropout:
-            x = self.drop(x, rate=self.params.dropout, site=1, tokens=stream_of(sight))
-        return x
+            x = self.drop(x, rate=self.params.dropout, site=1, tokens=tokens)
+        if self.ranks is None:
+            return x
+        partial = self.read_by in self.ranks.divided
+        if tokens is not None and tokens.divided:
+            return self.ranks.join_tokens(x, partial=partial)
+        return self.ranks.copy(x) if partial else x
 
 
 class Encoder(Stack):
@@ -229,6 +266,7 @@ class Decoder(Stack):
         """What every layer is like."""
 
     causal = True
+    read_by = "vocab"
 
     def forward(
         self,

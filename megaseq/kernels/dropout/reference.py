@@ -30,7 +30,29 @@ def keep_mask_of_runs(runs: Tensor, *, width: int, key: int, threshold: int) -> 
 
 
 def kept_elements(index: Tensor, *, key: int, threshold: int) -> Tensor:
-    """Which of the elements `index` (int64, any shape) are kept: bool of that shape.
+    """Which of the elements `index` (int64, any shape) are kept: bool of that shape."""
+    return hashes(index, key=key) >= threshold
+
+
+def uniform(like: Tensor, *, key: int, start: int | Tensor) -> Tensor:
+    """Returns numbers in [0, 1), one for each element of `like` and a function of (key, number of the element) alone.
+
+    Args:
+        like: gives shape, dtype and device.
+        key: of the mask, of which the same hashes are made.
+        start: number of the first element; int64 [R]: of the first of each of R equal runs.
+    """
+    count = like.numel()
+    if isinstance(start, int):
+        index = torch.arange(start, start + count, dtype=torch.int64, device=like.device)
+    else:
+        places = torch.arange(count // max(start.numel(), 1), dtype=torch.int64, device=like.device)
+        index = start[:, None] + places
+    return (hashes(index, key=key).double() / 2.0**32).to(like.dtype).view(like.shape)
+
+
+def hashes(index: Tensor, *, key: int) -> Tensor:
+    """Returns the 32-bit hash, as int64, of each of the elements `index` (int64, any shape).
 
     All words are held in int64, where a product of two of them may wrap and its low 32 bits are still right.
     """
@@ -43,4 +65,4 @@ def kept_elements(index: Tensor, *, key: int, threshold: int) -> Tensor:
     word = word ^ mixed ^ (mixed >> 16)
     word = ((word ^ (word >> 13)) * SECOND_MULTIPLIER) & WORD
     word = ((word ^ (word >> 16)) * HIGH_STRIDE) & WORD
-    return (word ^ (word >> 15)) >= threshold
+    return word ^ (word >> 15)
