@@ -18,6 +18,7 @@ from megaseq.layers.relative import PositionBias
 from megaseq.layers.rotary import Rotary, Rotation
 from megaseq.layers.sight import Sight, inner_of, stream_of
 from megaseq.layers.tokens import Tokens, starts_of_weights
+from megaseq.parallel.spec import Ranks
 
 
 class Attention(Branch):
@@ -80,7 +81,21 @@ class Attention(Branch):
         if p.key_norm is not None:
             self.key_norm = p.key_norm.replace(dim=self.head_dim).instantiate()
         output = inherit(p.output, input_dim=self.query_dim, output_dim=p.model_dim, bias=p.bias)
-        self.output: Linear = output.instantiate(axes=("model", "heads"))
+        self.output: Linear = output.instantiate(axes=("model", "heads"), granule=self.head_dim)
+
+    def divide(self, ranks: Ranks) -> None:
+        """Learns which heads are here; where there are fewer key heads than ranks, several ranks have the same one."""
+        super().divide(ranks)
+        if "heads" not in ranks.divided:
+            return
+        self.first_head, stop = ranks.span(self.num_heads)
+        self.num_heads = stop - self.first_head
+        self.num_key_value_heads = max(1, self.num_key_value_heads // ranks.size)
+        self.query_dim = self.num_heads * self.head_dim
+        self.key_dim = self.num_key_value_heads * self.head_dim
+        for norm in (self.query_norm, self.key_norm):
+            if norm is not None:
+                norm.of_heads = True
 
     def attend(
         self,
@@ -146,7 +161,7 @@ class SelfAttention(Attention):
         super().__init__(p)
         parts = (self.query_dim, self.key_dim, self.key_dim)
         qkv = inherit(p.qkv, input_dim=p.model_dim, output_dim=sum(parts), bias=p.bias)
-        self.qkv: Linear = qkv.instantiate(axes=("heads", "model"), parts=parts)
+        self.qkv: Linear = qkv.instantiate(axes=("heads", "model"), parts=parts, granule=self.head_dim)
         self.rotary: Rotary | None = None
         if p.rotary is not None:
             self.rotary = p.rotary.replace(head_dim=self.head_dim).instantiate()
@@ -169,6 +184,8 @@ class SelfAttention(Attention):
 
     def forward(self, x: Tensor, *, sight: Sight) -> Tensor:
         """Maps the residual stream `x` [B, T, D] to the next [B, T, D]."""
+        tokens = stream_of(sight)
+        fused = self.qkv(self.enter(x, tokens=tokens), tokens=tokens)
         rotation: Rotation | None = None
         if self.rotary is not None:
             if self.rotary.key not in sight.rotations:
@@ -176,11 +193,11 @@ class SelfAttention(Attention):
             rotation = sight.rotations[self.rotary.key]
         bias = sight.bias
         if self.position_bias is not None:
-            bias = self.position_bias(x.shape[1], device=x.device)
-        query, key, value = self.split(self.qkv(self.enter(x)), rotation=rotation)
+            bias = self.position_bias(fused.shape[1], device=x.device)
+        query, key, value = self.split(fused, rotation=rotation)
         mask = sight.mask(self.params.window)
         heads = self.attend(query, key=key, value=value, mask=mask, bias=bias, tokens=inner_of(sight))
-        return self.leave(x, self.output(heads), tokens=stream_of(sight))
+        return self.leave(x, self.output(heads, tokens=tokens), tokens=tokens)
 
 
 class CrossAttention(Attention):
@@ -199,10 +216,12 @@ class CrossAttention(Attention):
     def __init__(self, p: Params) -> None:
         super().__init__(p)
         query = inherit(p.query, input_dim=p.model_dim, output_dim=self.query_dim, bias=p.bias)
-        self.query: Linear = query.instantiate(axes=("heads", "model"))
+        self.query: Linear = query.instantiate(axes=("heads", "model"), granule=self.head_dim)
         parts = (self.key_dim, self.key_dim)
         key_value = inherit(p.key_value, input_dim=p.memory_dim, output_dim=sum(parts), bias=p.bias)
-        self.key_value: Linear = key_value.instantiate(axes=("heads", "model"), parts=parts)
+        self.key_value: Linear = key_value.instantiate(axes=("heads", "model"), parts=parts, granule=self.head_dim)
+        # The end of the encoder sums the gradients of all layers' maps at once.
+        self.key_value.input_is_copied = True
 
     def project_memory(self, memory: Tensor) -> tuple[Tensor, Tensor]:
         """Returns keys and values [B, S, M, H] of the encoder's output `memory` [B, S, E]."""
@@ -226,19 +245,22 @@ class CrossAttention(Attention):
         Returns:
             The next residual stream [B, T, D].
         """
-        query = self.project_query(x)
+        tokens = stream_of(sight)
+        query = self.project_query(x, tokens=tokens)
         heads = self.attend(query, key=key, value=value, mask=mask, bias=None, tokens=inner_of(sight))
-        return self.leave(x, self.output(heads), tokens=stream_of(sight))
+        return self.leave(x, self.output(heads, tokens=tokens), tokens=tokens)
 
-    def project_query(self, x: Tensor) -> Tensor:
-        """Returns the queries [B, T, N, H] of the residual stream `x` [B, T, D]."""
-        query: Tensor = self.query(self.enter(x)).view(*x.shape[:2], self.num_heads, self.head_dim)
+    def project_query(self, x: Tensor, *, tokens: Tokens | None = None) -> Tensor:
+        """Returns the queries [B, T, N, H] of the residual stream `x` [B, T, D], which has `tokens`."""
+        flat = self.query(self.enter(x, tokens=tokens), tokens=tokens)
+        query: Tensor = flat.view(*flat.shape[:2], self.num_heads, self.head_dim)
         if self.query_norm is not None:
             query = self.query_norm(query)
         return query
 
     def weights(self, x: Tensor, *, key: Tensor, mask: AttentionMask | None) -> Tensor:
-        """Returns the attention weights [B, N, T, S] that `forward` uses; slow, for those who want to see them."""
+        """Returns the attention weights [B, N, T, S] that `forward` uses, of all heads; slow and without gradient over
+        tensor ranks, for those who want to see them."""
         query = self.project_query(x).transpose(1, 2)
         keys = key.repeat_interleave(self.num_heads // self.num_key_value_heads, dim=2).permute(0, 2, 3, 1)
         scores = (query @ keys).float() * self.scale
@@ -248,4 +270,6 @@ class CrossAttention(Attention):
             allowed = mask.allowed(query_length=x.shape[1], key_length=key.shape[1], device=x.device)
             scores = scores.masked_fill(~allowed, float("-inf"))
         weights: Tensor = torch.softmax(scores, dim=-1)
+        if self.ranks is not None and self.num_heads < self.params.num_heads:
+            weights = self.ranks.gather(weights, length=self.params.num_heads, dim=1)
         return weights

@@ -49,9 +49,9 @@ class Branch(Layer):
             self.post_norm = p.norm.replace(dim=p.model_dim).instantiate()
         self.normalises_input = p.residual != "post"
 
-    def enter(self, x: Tensor) -> Tensor:
-        """Returns what the block reads of the residual stream `x` [..., D]."""
-        return self.norm(x) if self.normalises_input else x
+    def enter(self, x: Tensor, *, tokens: Tokens | None = None) -> Tensor:
+        """Returns what the block reads of the residual stream `x` [B, T, D], which has `tokens`."""
+        return self.norm(x, tokens=tokens) if self.normalises_input else x
 
     def leave(self, x: Tensor, y: Tensor, *, tokens: Tokens | None = None) -> Tensor:
         """Adds the block's output `y` [B, T, D] to the residual stream `x` [B, T, D]; returns the new stream.
@@ -62,6 +62,6 @@ class Branch(Layer):
             tokens: which rows and tokens both hold; None: the context's rows, whole.
         """
         if self.post_norm is not None:
-            y = self.post_norm(y)
+            y = self.post_norm(y, tokens=tokens)
         x = self.drop_add(y, residual=x, rate=self.params.dropout, tokens=tokens)
-        return x if self.normalises_input else self.norm(x)
+        return x if self.normalises_input else self.norm(x, tokens=tokens)

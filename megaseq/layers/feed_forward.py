@@ -12,6 +12,7 @@ from megaseq.layers.base import inherit
 from megaseq.layers.branch import Branch
 from megaseq.layers.linear import Linear
 from megaseq.layers.sight import Sight, inner_of, stream_of
+from megaseq.parallel.spec import Ranks, shard_of
 
 
 class FeedForward(Branch):
@@ -47,14 +48,25 @@ class FeedForward(Branch):
         down = inherit(p.down, input_dim=p.hidden_dim, output_dim=p.model_dim, bias=p.bias)
         self.down: Linear = down.instantiate(axes=("model", "hidden"))
         self.activation = activation(p.activation)
+        # (first, F) of the hidden units that are here, where tensor ranks share them.
+        self.columns: tuple[int, int] | None = None
+
+    def divide(self, ranks: Ranks) -> None:
+        """Learns which hidden units are here."""
+        super().divide(ranks)
+        shard = shard_of(self.down.weight)
+        if shard is not None:
+            self.columns = (shard.boxes[0].start[1], self.params.hidden_dim)
 
     def forward(self, x: Tensor, *, sight: Sight | None = None) -> Tensor:
         """Maps the residual stream `x` [B, T, D] to the next [B, T, D]; `sight` says which tokens these are."""
-        hidden = self.up(self.enter(x))
+        tokens = stream_of(sight)
+        hidden = self.up(self.enter(x, tokens=tokens), tokens=tokens)
         if self.params.gated:
-            gate, up = hidden.split(self.params.hidden_dim, dim=-1)
+            gate, up = hidden.chunk(2, dim=-1)
             hidden = self.activation(gate) * up
         else:
             hidden = self.activation(hidden)
-        hidden = self.drop(hidden, rate=self.params.activation_dropout, site=1, tokens=inner_of(sight))
-        return self.leave(x, self.down(hidden), tokens=stream_of(sight))
+        rate = self.params.activation_dropout
+        hidden = self.drop(hidden, rate=rate, site=1, tokens=inner_of(sight), columns=self.columns)
+        return self.leave(x, self.down(hidden, tokens=tokens), tokens=tokens)

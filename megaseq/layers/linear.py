@@ -12,7 +12,8 @@ from megaseq.base import FROM_PARENT
 from megaseq.base.errors import must
 from megaseq.layers.base import Layer
 from megaseq.layers.initializers import Constant, Initializer, ScaledUniform
-from megaseq.parallel.spec import Axis
+from megaseq.layers.tokens import Tokens
+from megaseq.parallel.spec import Axis, Exchange, Ranks, shard_of
 
 
 class Linear(Layer):
@@ -38,14 +39,16 @@ class Linear(Layer):
                     yield f"{name}: must be at least 1, but is {value}. Set the widths of the owning layer."
 
     params: Params
+    divisible = True
 
-    def __init__(self, p: Params, *, axes: tuple[Axis, Axis], parts: tuple[int, ...] = ()) -> None:
+    def __init__(self, p: Params, *, axes: tuple[Axis, Axis], parts: tuple[int, ...] = (), granule: int = 1) -> None:
         """Makes the map.
 
         Args:
             p: the params, complete.
             axes: logical axes of (output, input).
             parts: output widths of the fused projections; empty for one.
+            granule: width of a head, where an axis is `heads`.
 
         Raises:
             ParamsError: a tuple of bias flags that is not one flag a part.
@@ -62,29 +65,66 @@ class Linear(Layer):
             init=p.init.instantiate(),
             parts=parts,
             part_inits=tuple(init.instantiate() for init in p.part_inits),
+            granule=granule,
         )
         biased = tuple(width for width, flag in zip(widths, flags, strict=True) if flag)
         self.bias: nn.Parameter | None
         if biased:
             zeros = Constant.Params().instantiate()
             self.create_parameter(
-                "bias", shape=(sum(biased),), axes=(axes[0],), init=zeros, parts=biased if parts else ()
+                "bias",
+                shape=(sum(biased),),
+                axes=(axes[0],),
+                init=zeros,
+                parts=biased if parts else (),
+                granule=granule,
             )
         else:
             self.register_parameter("bias", None)
         # (width, has a bias) of each part, only where some parts have a bias and others do not.
         self.uneven = tuple(zip(widths, flags, strict=True)) if biased and len(biased) < len(widths) else ()
+        self.exchange: Exchange | None = None
+        self.input_is_copied = False
 
-    def full_bias(self) -> Tensor | None:
-        """Returns the bias of the whole output [output_dim], zero where a part has none; None if no part has one."""
-        if self.bias is None or not self.uneven:
-            return self.bias
+    def divide(self, ranks: Ranks) -> None:
+        """Takes the exchange of a map that has a part of its outputs or reads a part of its inputs."""
+        super().divide(ranks)
+        shard = shard_of(self.weight)
+        if shard is None or "tensor" not in shard.axes:
+            return
+        inputs = shard.local_shape[1] < self.params.input_dim
+        self.exchange = ranks.row() if inputs else ranks.column(entered=self.input_is_copied)
+        if self.uneven:
+            flags = (flag for _, flag in self.uneven)
+            self.uneven = tuple((box.size[0], flag) for box, flag in zip(shard.boxes, flags, strict=True))
+
+    def full_bias(self, bias: Tensor | None) -> Tensor | None:
+        """Returns the bias of the whole output, zero where a part has none; None if no part has one."""
+        if bias is None or not self.uneven:
+            return bias
         pieces, start = [], 0
         for width, biased in self.uneven:
-            pieces.append(self.bias[start : start + width] if biased else self.bias.new_zeros(width))
+            pieces.append(bias[start : start + width] if biased else bias.new_zeros(width))
             start += width if biased else 0
         return torch.cat(pieces)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Maps `x` [..., input_dim] to [..., output_dim]."""
-        return functional.linear(x, self.weight, self.full_bias() if self.uneven else self.bias)
+    def forward(self, x: Tensor, *, tokens: Tokens | None = None) -> Tensor:
+        """Maps `x` [..., input_dim] to [..., output_dim].
+
+        Args:
+            x: the input.
+            tokens: which tokens the residual stream has, on the side of the map that is not divided; None: all.
+        """
+        exchange = self.exchange
+        if exchange is None:
+            weight = self.whole(self.weight, tokens=tokens)
+            bias = None if self.bias is None else self.whole(self.bias, tokens=tokens)
+            return functional.linear(x, weight, self.full_bias(bias))
+        divided = tokens is not None and tokens.divided
+        weight = exchange.own(self.weight, divided=divided)
+        bias = None if self.bias is None else exchange.own(self.bias, divided=divided)
+        bias = self.full_bias(bias)
+        if not exchange.sums:
+            return exchange.leave(functional.linear(exchange.enter(x, divided=divided), weight, bias), divided=divided)
+        y = exchange.leave(functional.linear(exchange.enter(x, divided=divided), weight), divided=divided)
+        return y if bias is None else y + bias.to(y.dtype)

@@ -10,6 +10,7 @@ from torch.nn import functional
 from megaseq.base import FROM_PARENT
 from megaseq.layers.base import Layer
 from megaseq.layers.initializers import Constant
+from megaseq.layers.tokens import Tokens
 
 
 class Norm(Layer):
@@ -27,10 +28,23 @@ class Norm(Layer):
                 yield f"eps: must be positive, but is {self.eps}. 1e-5 and 1e-6 are usual."
 
     params: Params
+    of_heads = False
+    """Whether the norm is over heads, of which a tensor rank has a part."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Normalises `x` [..., D]; returns [..., D]."""
+    def forward(self, x: Tensor, *, tokens: Tokens | None = None) -> Tensor:
+        """Normalises `x` [..., D]; returns [..., D].
+
+        Args:
+            x: what is normalised.
+            tokens: which tokens `x` has; None: all.
+        """
         raise NotImplementedError
+
+    def whole(self, parameter: Tensor, *, tokens: Tokens | None) -> Tensor:
+        """Returns a parameter for use on `tokens`, or on this rank's heads; see `Layer.whole`."""
+        if self.of_heads and self.ranks is not None:
+            return self.ranks.copy(parameter)
+        return super().whole(parameter, tokens=tokens)
 
 
 class LayerNorm(Norm):
@@ -52,9 +66,11 @@ class LayerNorm(Norm):
         else:
             self.register_parameter("bias", None)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Normalises `x` [..., D]; returns [..., D]."""
-        return functional.layer_norm(x, self.shape, self.weight, self.bias, self.params.eps)
+    def forward(self, x: Tensor, *, tokens: Tokens | None = None) -> Tensor:
+        """Normalises `x` [..., D], which has `tokens`; returns [..., D]."""
+        weight = self.whole(self.weight, tokens=tokens)
+        bias = None if self.bias is None else self.whole(self.bias, tokens=tokens)
+        return functional.layer_norm(x, self.shape, weight, bias, self.params.eps)
 
 
 class RMSNorm(Norm):
@@ -74,9 +90,10 @@ class RMSNorm(Norm):
         init = Constant.Params(value=0.0 if p.add_one else 1.0).instantiate()
         self.weight = self.create_parameter("weight", shape=(p.dim,), axes=("model",), init=init)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Normalises `x` [..., D]; returns [..., D]."""
-        weight = self.weight + 1.0 if self.params.add_one else self.weight
+    def forward(self, x: Tensor, *, tokens: Tokens | None = None) -> Tensor:
+        """Normalises `x` [..., D], which has `tokens`; returns [..., D]."""
+        weight = self.whole(self.weight, tokens=tokens)
+        weight = weight + 1.0 if self.params.add_one else weight
         # Statistics are float32 inside; only with a weight of the input's dtype is the fused path taken.
         return functional.rms_norm(x, self.shape, weight.to(x.dtype), self.params.eps)
 

@@ -12,6 +12,7 @@ from torch.nn import functional
 from megaseq.base import FROM_PARENT
 from megaseq.layers.base import Layer
 from megaseq.layers.initializers import Gaussian, Initializer
+from megaseq.parallel.spec import Ranks
 
 
 class PositionBias(Layer):
@@ -63,6 +64,7 @@ class BucketedBias(PositionBias):
                 )
 
     params: Params
+    divisible = True
 
     def __init__(self, p: Params) -> None:
         super().__init__(p)
@@ -103,6 +105,13 @@ class Alibi(PositionBias):
     def __init__(self, p: Params) -> None:
         super().__init__(p)
         self._slopes = torch.tensor(alibi_slopes(p.num_heads), dtype=torch.float32)
+
+    def divide(self, ranks: Ranks) -> None:
+        """Keeps the slopes of this rank's heads."""
+        super().divide(ranks)
+        if "heads" in ranks.divided:
+            start, stop = ranks.span(self.params.num_heads)
+            self._slopes = self._slopes[start:stop]
 
     def by_distance(self, distances: Tensor) -> Tensor:
         """Returns the bias [N, L] of `distances` [L], key place minus query place."""

@@ -36,36 +36,65 @@ def split_range(length: int, *, parts: int, index: int) -> tuple[int, int]:
     return length * index // parts, length * (index + 1) // parts
 
 
+def head_range(length: int, *, granule: int, parts: int, index: int) -> tuple[int, int]:
+    """Returns (start, stop) of what rank `index` of `parts` holds of heads that are `length` elements together.
+
+    Ranks hold equally many heads, or, where there are fewer heads than ranks, equally many ranks hold each head.
+
+    Args:
+        length: elements of all heads.
+        granule: elements of one head.
+        parts: ranks.
+        index: of this rank.
+
+    Raises:
+        ValueError: neither number divides the other.
+    """
+    heads = length // granule
+    if heads % parts == 0:
+        return length * index // parts, length * (index + 1) // parts
+    if parts % heads:
+        raise ValueError(f"{parts} ranks and {heads} heads")
+    head = index * heads // parts
+    return head * granule, (head + 1) * granule
+
+
 def shard_spec(spec: ParameterSpec, *, rules: Mapping[str, str], mesh: Mesh) -> Shard | None:
     """Returns what this rank holds of a parameter, None for all of it.
 
     Each fused part is divided as if it were a parameter of its own; the local tensor has the parts' blocks one after
     the other.
+
+    Raises:
+        ValueError: heads that cannot be divided.
     """
     axes: list[str] = [rules.get(axis or "", "") for axis in spec.axes]
     divided = [dim for dim, axis in enumerate(axes) if axis and mesh.size(axis) > 1]
     if not divided:
         return None
-    ranges: list[tuple[int, int]] = [(0, size) for size in spec.shape]
-    for dim in divided:
-        if dim == 0 and spec.parts:
-            continue
-        ranges[dim] = split_range(spec.shape[dim], parts=mesh.size(axes[dim]), index=mesh.index(axes[dim]))
+
+    def part_of(length: int, dim: int) -> tuple[int, int]:
+        parts, index = mesh.size(axes[dim]), mesh.index(axes[dim])
+        if spec.axes[dim] == "heads":
+            return head_range(length, granule=spec.granule, parts=parts, index=index)
+        return split_range(length, parts=parts, index=index)
+
+    ranges = [part_of(size, dim) if dim in divided and dim else (0, size) for dim, size in enumerate(spec.shape)]
     boxes: list[Box] = []
+    shared: list[bool] = []
     local = 0
     offset = 0
     for size in spec.parts or (spec.shape[0],):
-        start, stop = ranges[0] if not spec.parts else (offset, offset + size)
-        if spec.parts and 0 in divided:
-            low, high = split_range(size, parts=mesh.size(axes[0]), index=mesh.index(axes[0]))
-            start, stop = offset + low, offset + high
-        first = (start, *(low for low, _ in ranges[1:]))
-        shape = (stop - start, *(high - low for low, high in ranges[1:]))
-        boxes.append(Box(start=first, local_start=(local, *(0 for _ in ranges[1:])), size=shape))
-        local += stop - start
+        low, high = part_of(size, 0) if 0 in divided else (0, size)
+        starts = (offset + low, *(start for start, _ in ranges[1:]))
+        shape = (high - low, *(stop - start for start, stop in ranges[1:]))
+        boxes.append(Box(start=starts, local_start=(local, *(0 for _ in ranges[1:])), size=shape))
+        shared.append(0 in divided and spec.axes[0] == "heads" and size // spec.granule < mesh.size(axes[0]))
+        local += high - low
         offset += size
     return Shard(
         axes=tuple(dict.fromkeys(axes[dim] for dim in divided)),
         boxes=tuple(boxes),
         local_shape=(local, *boxes[0].size[1:]),
+        shared=tuple(shared),
     )

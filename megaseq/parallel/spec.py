@@ -36,6 +36,8 @@ class ParameterSpec:
     is initialised, and is to be sharded, as if it were a parameter of its own."""
     part_inits: tuple[Fill, ...] = ()
     """First values of each part, where they differ; empty: `init` for all."""
+    granule: int = 1
+    """Elements along the dimension of `heads` that stay together: those of one head."""
 
 
 @dataclass(frozen=True)
@@ -68,16 +70,83 @@ class Shard:
     """What this process holds: one block for each fused part."""
     local_shape: tuple[int, ...]
     """Shape of this process's tensor."""
+    shared: tuple[bool, ...] = ()
+    """Of each block whether other ranks along `axes` hold it too: key heads, where there are fewer than ranks."""
 
 
 class Exchange(Protocol):
-    """What a sharded linear map does with its input and output; None where the map is whole."""
+    """What a divided linear map does with its input and output; None where the map is whole.
 
-    def enter(self, x: torch.Tensor) -> torch.Tensor:
+    `divided` is true where tensor ranks share the tokens of what is outside: [B, T / ranks, D] instead of [B, T, D].
+    """
+
+    @property
+    def sums(self) -> bool:
+        """Whether `leave` sums over ranks, so that a bias is added after it."""
+
+    def enter(self, x: torch.Tensor, *, divided: bool) -> torch.Tensor:
         """Returns what the local product reads."""
 
-    def leave(self, y: torch.Tensor) -> torch.Tensor:
-        """Returns the output, of the local product without bias."""
+    def leave(self, y: torch.Tensor, *, divided: bool) -> torch.Tensor:
+        """Returns the output, of the local product."""
+
+    def own(self, parameter: torch.Tensor, *, divided: bool) -> torch.Tensor:
+        """Returns the weight or bias as the local product uses it, so that its gradient is right."""
+
+
+class Ranks(Protocol):
+    """The tensor ranks, as a layer that they share sees them; `parallel.apply` hands it to `Layer.divide`."""
+
+    @property
+    def size(self) -> int:
+        """How many they are."""
+
+    @property
+    def index(self) -> int:
+        """Which of them this one is."""
+
+    @property
+    def sequence(self) -> bool:
+        """Whether they share the tokens of the residual stream too, where their number divides these."""
+
+    @property
+    def divided(self) -> frozenset[str]:
+        """The logical axes of parameters that they share."""
+
+    def column(self, *, entered: bool = False) -> Exchange:
+        """Returns the exchange of a map that has a part of its outputs here; `entered`: its input has been copied."""
+
+    def row(self) -> Exchange:
+        """Returns the exchange of a map that reads a part of its inputs here."""
+
+    def span(self, length: int) -> tuple[int, int]:
+        """Returns (start, stop) of this rank's part of `length` elements."""
+
+    def copy(self, x: torch.Tensor) -> torch.Tensor:
+        """Returns `x`, the same on all ranks; its gradient is the sum of theirs."""
+
+    def sum(self, x: torch.Tensor) -> torch.Tensor:
+        """Returns the sum of the ranks' `x`; the gradient of each is that of the sum."""
+
+    def cut_tokens(self, x: torch.Tensor) -> torch.Tensor:
+        """Returns this rank's tokens [B, T / ranks, D] of `x` [B, T, D]."""
+
+    def join_tokens(self, x: torch.Tensor, *, partial: bool) -> torch.Tensor:
+        """Returns all tokens [B, T, D] of the ranks' `x` [B, T / ranks, D].
+
+        Args:
+            x: this rank's tokens.
+            partial: whether what follows is divided over the ranks, so that gradients are summed, or the same on all.
+        """
+
+    def gather(self, x: torch.Tensor, *, length: int, dim: int) -> torch.Tensor:
+        """Returns all `length` elements along `dim`, of which each rank has its `span`; without gradient."""
+
+    def total(self, x: torch.Tensor) -> torch.Tensor:
+        """Sums `x` over the ranks in place, without gradient; returns it."""
+
+    def maximum(self, x: torch.Tensor) -> torch.Tensor:
+        """Takes the largest `x` of the ranks, element by element, in place, without gradient; returns it."""
 
 
 def shard_of(parameter: torch.Tensor) -> Shard | None:
