@@ -86,18 +86,17 @@ class Adafactor(Optimizer):
             slots.first = self.add_slot("first_moment", name, torch.zeros_like(tensor, requires_grad=False))
         return slots
 
-    def step(self, *, gradients: Sequence[Sequence[Tensor]], learning_rate: float, gradient_scale: float) -> None:
+    def step(self, index: int, *, gradients: Sequence[Tensor], learning_rate: float, gradient_scale: float) -> None:
         """Updates parameter by parameter, each while it is in the cache, without a host synchronisation."""
-        p = self.params
+        p, group = self.params, self.groups[index]
         if p.relative_step:
             bound = 1e-6 * self.num_updates if p.relative_step_warmup else 1e-2
             learning_rate *= min(bound, 1.0 / math.sqrt(self.num_updates))
-        for group, grads, items in zip(self.groups, gradients, self._items, strict=True):
-            rate = learning_rate * group.learning_rate_scale
-            for parameter, gradient, slots in zip(group.tensors, grads, items, strict=True):
-                if gradient_scale != 1.0:
-                    gradient.mul_(gradient_scale)
-                self._update_one(parameter, gradient=gradient, slots=slots, rate=rate, weight_decay=group.weight_decay)
+        rate = learning_rate * group.learning_rate_scale
+        for parameter, gradient, slots in zip(group.tensors, gradients, self._items[index], strict=True):
+            if gradient_scale != 1.0:
+                gradient.mul_(gradient_scale)
+            self._update_one(parameter, gradient=gradient, slots=slots, rate=rate, weight_decay=group.weight_decay)
 
     def _update_one(
         self, parameter: Tensor, *, gradient: Tensor, slots: _Slots, rate: float, weight_decay: float

@@ -47,26 +47,25 @@ class AdamW(Optimizer):
         self._step = torch.zeros((), dtype=torch.float32, device=self.device)
         self._divisor = torch.ones((), dtype=torch.float32, device=self.device)
 
-    def step(self, *, gradients: Sequence[Sequence[Tensor]], learning_rate: float, gradient_scale: float) -> None:
-        """Updates all groups, one fused call each."""
-        p = self.params
+    def step(self, index: int, *, gradients: Sequence[Tensor], learning_rate: float, gradient_scale: float) -> None:
+        """Updates a group in one fused call."""
+        p, group = self.params, self.groups[index]
         self._step.fill_(self.num_updates)
         self._divisor.fill_(1.0 / gradient_scale)
-        for group, grads, first, second in zip(self.groups, gradients, self._first, self._second, strict=True):
-            torch._fused_adamw_(
-                list(group.tensors),
-                list(grads),
-                first,
-                second,
-                [],
-                [self._step] * len(first),
-                lr=learning_rate * group.learning_rate_scale,
-                beta1=p.beta1,
-                beta2=p.beta2,
-                weight_decay=group.weight_decay,
-                eps=p.epsilon,
-                amsgrad=False,
-                maximize=False,
-                grad_scale=None if gradient_scale == 1.0 else self._divisor,
-                found_inf=None,
-            )
+        torch._fused_adamw_(
+            list(group.tensors),
+            list(gradients),
+            self._first[index],
+            self._second[index],
+            [],
+            [self._step] * len(group.tensors),
+            lr=learning_rate * group.learning_rate_scale,
+            beta1=p.beta1,
+            beta2=p.beta2,
+            weight_decay=group.weight_decay,
+            eps=p.epsilon,
+            amsgrad=False,
+            maximize=False,
+            grad_scale=None if gradient_scale == 1.0 else self._divisor,
+            found_inf=None,
+        )

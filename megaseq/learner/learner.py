@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +15,7 @@ from megaseq.base.errors import CheckpointError, TrainingError
 from megaseq.learner.adamw import AdamW
 from megaseq.learner.clipping import CountedViews, SquaredNormReduction, clip_coefficient, global_norm
 from megaseq.learner.ema import MovingAverage
-from megaseq.learner.optimizer import Optimizer, copy_named
+from megaseq.learner.optimizer import Optimizer, ParameterGroup, copy_named
 from megaseq.learner.rules import ParameterRule, assign, listing
 from megaseq.learner.schedule import Schedule
 from megaseq.learner.schedules import Constant
@@ -100,6 +100,7 @@ class Learner(Configurable):
         named_parameters: Mapping[str, Tensor],
         reduce_squared_norm: SquaredNormReduction | None = None,
         counted: CountedViews | None = None,
+        deferred: bool = False,
     ) -> None:
         """Allocates the optimizer's state.
 
@@ -109,6 +110,7 @@ class Learner(Configurable):
                 device. They are updated in place.
             reduce_squared_norm: Sums the squared gradient norm over ranks when each holds a part of the gradients.
             counted: Says what of a gradient this rank counts in the norm; None is all.
+            deferred: Allocate nothing: `take_shares` will say what is updated instead of the parameters themselves.
 
         Raises:
             ParamsError: When a pattern matches nothing.
@@ -131,15 +133,30 @@ class Learner(Configurable):
         self.trainable: dict[str, Tensor] = {n: t for n, t in self._parameters.items() if n not in frozen}
         """The parameters that are updated, by path."""
         self.schedule: Schedule = p.schedule.instantiate()
-        self.optimizer: Optimizer = p.optimizer.instantiate(groups=self.assignment.groups)
         self.ema: MovingAverage | None = None
-        if p.ema is not None:
-            self.ema = p.ema.instantiate(named_parameters=self.trainable)
+        self.optimizer: Optimizer
+        if not deferred:
+            self._allocate(self.assignment.groups, averaged=self.trainable)
         self.skip: SkipPolicy = p.skip.instantiate()
         self.num_skipped = 0
         self.num_consecutive_skips = 0
         self._zeros: dict[str, Tensor] = {}
         self._averages_in_use = False
+
+    def _allocate(self, groups: Sequence[ParameterGroup], *, averaged: Mapping[str, Tensor]) -> None:
+        self.optimizer = self.params.optimizer.instantiate(groups=groups)
+        if self.params.ema is not None:
+            self.ema = self.params.ema.instantiate(named_parameters=averaged)
+
+    def take_shares(self, groups: Sequence[ParameterGroup]) -> None:
+        """Allocates the state of a learner that was made `deferred`.
+
+        Args:
+            groups: Flat runs of elements of the parameters that train, under names of the caller; what is in one run
+                is treated alike, as `assignment` says.
+        """
+        averaged = {name: tensor for group in groups for name, tensor in zip(group.names, group.tensors, strict=True)}
+        self._allocate(groups, averaged=averaged)
 
     @property
     def frozen(self) -> tuple[str, ...]:
@@ -172,27 +189,60 @@ class Learner(Configurable):
         gradients, num_missing = self._gradients(grads)
         counted = self._counted_gradients(gradients)
         norm = global_norm(counted, reduce=self._reduce, device=self.optimizer.device) * gradient_scale
+        stats = self.decide(step=step, norm=norm, num_missing=num_missing)
+        if not stats.skipped:
+            for index, row in enumerate(gradients):
+                self.apply(stats, group=index, gradients=row, gradient_scale=gradient_scale)
+            self.average()
+        return stats
+
+    def decide(self, *, step: int, norm: float, num_missing: int = 0) -> UpdateStats:
+        """Decides on the update with the gradient `norm`: the first half of `update`, for who makes it in parts.
+
+        Unless it is to be skipped, `apply` is to be called for every group, and `average` at the end.
+
+        Args:
+            step: as in `update`.
+            norm: of the normalised gradient, over all ranks.
+            num_missing: parameters without a gradient, for the report.
+
+        Raises:
+            TrainingError: too many updates in a row were skipped.
+        """
         reason = self.skip.judge(norm)
-        rate = self.learning_rate(step)
         coefficient = 0.0
         if reason:
             self._count_skip(step=step, norm=norm, reason=reason)
         else:
             self.num_consecutive_skips = 0
             coefficient = clip_coefficient(norm, limit=self.params.clip_norm)
-            num_updates = self.optimizer.num_updates
-            self.optimizer.update(gradients=gradients, learning_rate=rate, gradient_scale=gradient_scale * coefficient)
-            if self.ema is not None:
-                self.ema.update(num_updates=num_updates)
+            self.optimizer.num_updates += 1
         return UpdateStats(
             step=step,
-            learning_rate=rate,
+            learning_rate=self.learning_rate(step),
             grad_norm=norm,
             clip_coefficient=coefficient,
             skipped=reason,
             num_skipped=self.num_skipped,
             num_missing=num_missing,
         )
+
+    @torch.no_grad()
+    def apply(
+        self, stats: UpdateStats, *, group: int, gradients: Sequence[Tensor], gradient_scale: float = 1.0
+    ) -> None:
+        """Updates the parameters of one of the optimizer's groups as `decide` said; `gradients` are consumed."""
+        self.optimizer.step(
+            group,
+            gradients=gradients,
+            learning_rate=stats.learning_rate,
+            gradient_scale=gradient_scale * stats.clip_coefficient,
+        )
+
+    def average(self) -> None:
+        """Moves the averages after all groups were updated."""
+        if self.ema is not None:
+            self.ema.update(num_updates=self.optimizer.num_updates - 1)
 
     def _gradients(self, grads: Mapping[str, Tensor] | None) -> tuple[list[list[Tensor]], int]:
         """Collects the gradients group by group; returns them and how many were missing."""

@@ -77,10 +77,11 @@ class Optimizer(Configurable):
             gradient_scale: Multiplied into every gradient: normalisation times clipping.
         """
         self.num_updates += 1
-        self.step(gradients=gradients, learning_rate=learning_rate, gradient_scale=gradient_scale)
+        for index, row in enumerate(gradients):
+            self.step(index, gradients=row, learning_rate=learning_rate, gradient_scale=gradient_scale)
 
-    def step(self, *, gradients: Sequence[Sequence[Tensor]], learning_rate: float, gradient_scale: float) -> None:
-        """Updates parameters and slots; `self.num_updates` counts this update already."""
+    def step(self, index: int, *, gradients: Sequence[Tensor], learning_rate: float, gradient_scale: float) -> None:
+        """Updates parameters and slots of the group `index`; `self.num_updates` counts this update already."""
         raise NotImplementedError(f"{type(self).__name__}: must define step()")
 
     def state_tensors(self) -> dict[str, Tensor]:

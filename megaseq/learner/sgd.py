@@ -40,23 +40,22 @@ class SGD(Optimizer):
         self._velocity = self.add_zeros("velocity") if p.momentum > 0.0 else [[] for _ in groups]
         self._divisor = torch.ones((), dtype=torch.float32, device=self.device)
 
-    def step(self, *, gradients: Sequence[Sequence[Tensor]], learning_rate: float, gradient_scale: float) -> None:
-        """Updates all groups, one fused call each."""
-        p = self.params
+    def step(self, index: int, *, gradients: Sequence[Tensor], learning_rate: float, gradient_scale: float) -> None:
+        """Updates a group in one fused call."""
+        p, group = self.params, self.groups[index]
         self._divisor.fill_(1.0 / gradient_scale)
-        for group, grads, velocity in zip(self.groups, gradients, self._velocity, strict=True):
-            torch._fused_sgd_(
-                list(group.tensors),
-                list(grads),
-                velocity,
-                weight_decay=group.weight_decay,
-                momentum=p.momentum,
-                lr=learning_rate * group.learning_rate_scale,
-                dampening=0.0,
-                nesterov=p.nesterov,
-                maximize=False,
-                # The first velocity is the gradient: what decaying zeros gives too.
-                is_first_step=False,
-                grad_scale=None if gradient_scale == 1.0 else self._divisor,
-                found_inf=None,
-            )
+        torch._fused_sgd_(
+            list(group.tensors),
+            list(gradients),
+            self._velocity[index],
+            weight_decay=group.weight_decay,
+            momentum=p.momentum,
+            lr=learning_rate * group.learning_rate_scale,
+            dampening=0.0,
+            nesterov=p.nesterov,
+            maximize=False,
+            # The first velocity is the gradient: what decaying zeros gives too.
+            is_first_step=False,
+            grad_scale=None if gradient_scale == 1.0 else self._divisor,
+            found_inf=None,
+        )
