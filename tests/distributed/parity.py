@@ -164,12 +164,15 @@ def train_rank(rank: int, case: Case) -> Trained | None:
     return Trained(losses, norms, parameters) if rank == 0 else None
 
 
-def gather_parameters(engine: Engine) -> dict[str, torch.Tensor]:
-    """All fp32 parameters, whole, by logical name; on every rank. What several ranks hold must be equal."""
+def gather_parameters(engine: Engine, *, prefix: str = "task.") -> dict[str, torch.Tensor]:
+    """All fp32 parameters (with prefix "" all state), whole, by logical name; on every rank.
+
+    What several ranks hold must be equal.
+    """
     own = [
         (piece.name, piece.global_shape, piece.start, piece.tensor.clone())
         for piece in engine.pieces()
-        if piece.name.startswith("task.")
+        if piece.name.startswith(prefix)
     ]
     gathered: list[Any] = [own]
     if dist.is_initialized():
