@@ -101,6 +101,7 @@ class Learner(Configurable):
         reduce_squared_norm: SquaredNormReduction | None = None,
         counted: CountedViews | None = None,
         deferred: bool = False,
+        known: Sequence[str] = (),
     ) -> None:
         """Allocates the optimizer's state.
 
@@ -111,6 +112,7 @@ class Learner(Configurable):
             reduce_squared_norm: Sums the squared gradient norm over ranks when each holds a part of the gradients.
             counted: Says what of a gradient this rank counts in the norm; None is all.
             deferred: Allocate nothing: `take_shares` will say what is updated instead of the parameters themselves.
+            known: Paths of the whole model, where this process holds a part of it; patterns may match any of them.
 
         Raises:
             ParamsError: When a pattern matches nothing.
@@ -128,6 +130,7 @@ class Learner(Configurable):
             rules=p.rules,
             weight_decay=p.weight_decay,
             weight_decay_min_dims=p.weight_decay_min_dims,
+            known=known,
         )
         frozen = set(self.assignment.frozen)
         self.trainable: dict[str, Tensor] = {n: t for n, t in self._parameters.items() if n not in frozen}

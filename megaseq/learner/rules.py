@@ -61,6 +61,7 @@ def assign(
     rules: Sequence[ParameterRule.Params],
     weight_decay: float,
     weight_decay_min_dims: int,
+    known: Sequence[str] = (),
 ) -> Assignment:
     """Sorts the parameters into frozen ones and groups of equal treatment.
 
@@ -68,15 +69,26 @@ def assign(
     matches. Of the rules, the first that matches and sets a value wins, for each value by itself. Without a rule the
     decay is `weight_decay` for tensors of at least `weight_decay_min_dims` dimensions and 0 for smaller ones.
 
+    Args:
+        named_parameters: What this process holds, by path.
+        freeze: Patterns.
+        train_only: Patterns.
+        rules: In order.
+        weight_decay: Default.
+        weight_decay_min_dims: Of the default.
+        known: Paths of the whole model, where processes hold different parts of it; empty: `named_parameters` is all.
+
     Raises:
-        ParamsError: When a pattern is not a regular expression or matches no parameter, or when nothing would train.
+        ParamsError: When a pattern is not a regular expression or matches no parameter of the whole model, or when
+            nothing of it would train.
     """
-    names = list(named_parameters)
+    names = list(dict.fromkeys((*known, *named_parameters)))
     matches: list[Match] = []
 
     def search(pattern: str, *, role: str, path: str) -> set[str]:
         found = _search(pattern, names=names, path=path)
-        matches.append(Match(role=role, pattern=pattern, names=tuple(found)))
+        here = tuple(name for name in found if name in named_parameters)
+        matches.append(Match(role=role, pattern=pattern, names=here))
         return set(found)
 
     frozen: set[str] = set()
@@ -115,7 +127,8 @@ def assign(
         )
         for (decay, scale), members in treatments.items()
     )
-    return Assignment(groups=groups, frozen=tuple(name for name in names if name in frozen), matches=tuple(matches))
+    kept = tuple(name for name in named_parameters if name in frozen)
+    return Assignment(groups=groups, frozen=kept, matches=tuple(matches))
 
 
 def _search(pattern: str, *, names: Sequence[str], path: str) -> list[str]:

@@ -136,3 +136,13 @@ def squared_norm_reduction(mesh: Mesh | None) -> Callable[[Tensor], Tensor] | No
     if group is None:
         return None
     return lambda squared: all_reduce_sum(squared, group=group)
+
+
+def names_of_all_stages(names: Sequence[str], *, mesh: Mesh | None) -> list[str]:
+    """Returns the names of the parameters of all pipeline stages, in the stages' order; for all ranks to call."""
+    group = mesh.group("pipe") if mesh is not None else None
+    if group is None:
+        return list(names)
+    gathered: list[list[str] | None] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(gathered, list(names), group=group)
+    return list(dict.fromkeys(name for held in gathered for name in held or ()))

@@ -11,7 +11,14 @@ from torch import Tensor
 from megaseq.checkpoint.piece import Piece, shard_pieces, whole_piece
 from megaseq.learner import Learner
 from megaseq.learner.learner import UpdateStats
-from megaseq.parallel.gradients import counted_boxes, counted_views, is_expert, squared_norm_reduction, sum_over
+from megaseq.parallel.gradients import (
+    counted_boxes,
+    counted_views,
+    is_expert,
+    names_of_all_stages,
+    squared_norm_reduction,
+    sum_over,
+)
 from megaseq.parallel.mesh import Mesh
 from megaseq.parallel.spec import ParameterSpec, shard_of
 from megaseq.tasks.base import BaseTask
@@ -53,6 +60,7 @@ class Replicated:
             named_parameters={f"{PREFIX}{name}": master for name, master in self._weights.masters.items()},
             reduce_squared_norm=squared_norm_reduction(mesh),
             counted=None if all(counted is None for counted in boxes.values()) else counted_views(boxes),
+            known=names_of_all_stages(list(parameters), mesh=mesh),
         )
 
     def backward(self, loss: Tensor, *, first: bool, last: bool) -> None:
