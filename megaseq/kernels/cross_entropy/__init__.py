@@ -8,10 +8,10 @@ from torch import Tensor
 from megaseq.kernels.checks import check_device, check_floating, check_like, check_shape, fail
 from megaseq.kernels.cross_entropy.chunked import chunked_cross_entropy
 from megaseq.kernels.cross_entropy.reference import reference_cross_entropy
-from megaseq.kernels.cross_entropy.settings import CrossEntropy, LossSums
+from megaseq.kernels.cross_entropy.settings import CrossEntropy, LossSums, VocabularyShare
 from megaseq.kernels.dispatch import choose
 
-__all__ = ["CrossEntropy", "LossSums", "linear_cross_entropy"]
+__all__ = ["CrossEntropy", "LossSums", "VocabularyShare", "linear_cross_entropy"]
 
 _OP = "linear_cross_entropy"
 
@@ -24,6 +24,7 @@ def linear_cross_entropy(
     weights: Tensor,
     bias: Tensor | None = None,
     settings: CrossEntropy | None = None,
+    vocabulary: VocabularyShare | None = None,
 ) -> LossSums:
     """Cross entropy of `softmax(hidden @ weight.T + bias)` against labels, summed over tokens.
 
@@ -36,6 +37,9 @@ def linear_cross_entropy(
         weights: [N], how much each token counts; no gradient flows to it.
         bias: [V].
         settings: smoothing, z-loss, scale, soft cap, chunk; None: plain cross entropy.
+        vocabulary: where ranks share it, what is here: `weight` and `bias` are then a part of the rows, and `hidden`
+            and `labels` are the same on all ranks. The sums are those of the whole; the gradient of `hidden` is this
+            rank's part, which the caller sums over ranks.
 
     Returns:
         Sums, of which only `loss` has a gradient. Divide by the weight of the whole step, not of this call.
@@ -45,19 +49,36 @@ def linear_cross_entropy(
             implementation that cannot run here.
     """
     settings = CrossEntropy() if settings is None else settings
-    _check(hidden, weight=weight, labels=labels, weights=weights, bias=bias, settings=settings)
+    _check(hidden, weight=weight, labels=labels, weights=weights, bias=bias, settings=settings, vocabulary=vocabulary)
     impossible = {"triton": "its kernels are not part of this version"}
+    if vocabulary is not None:
+        impossible["reference"] = "it needs the whole vocabulary in one place"
     chosen = choose("cross_entropy", automatic="chunked", impossible=impossible)
     if chosen == "reference":
         kept = weights.nonzero()[:, 0]
         return reference_cross_entropy(
             hidden[kept], weight=weight, bias=bias, labels=labels[kept], weights=weights[kept], settings=settings
         )
-    return chunked_cross_entropy(hidden, weight=weight, bias=bias, labels=labels, weights=weights, settings=settings)
+    return chunked_cross_entropy(
+        hidden,
+        weight=weight,
+        bias=bias,
+        labels=labels,
+        weights=weights,
+        settings=settings,
+        vocabulary=vocabulary,
+    )
 
 
 def _check(
-    hidden: Tensor, *, weight: Tensor, labels: Tensor, weights: Tensor, bias: Tensor | None, settings: CrossEntropy
+    hidden: Tensor,
+    *,
+    weight: Tensor,
+    labels: Tensor,
+    weights: Tensor,
+    bias: Tensor | None,
+    settings: CrossEntropy,
+    vocabulary: VocabularyShare | None,
 ) -> None:
     """Checks all arguments.
 
@@ -94,6 +115,7 @@ def _check(
         raise fail("chunk", op=_OP, expected="be at least 1", came=settings.chunk, remedy="Use None for automatic")
     # In host memory the look costs nothing; on an accelerator it would wait for the device.
     if labels.device.type == "cpu" and count:
+        num_classes = num_classes if vocabulary is None else vocabulary.size
         counted = torch.where(weights != 0, labels, labels.new_zeros(()))
         low, high = int(counted.min()), int(counted.max())
         if low < 0 or high >= num_classes:

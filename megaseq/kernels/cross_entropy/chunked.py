@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megaseq.kernels.cross_entropy.settings import CrossEntropy, LossSums
+from megaseq.kernels.cross_entropy.settings import CrossEntropy, LossSums, VocabularyShare
 from megaseq.kernels.functions import apply_many
 
 CHUNK_BYTES = 64 << 20
@@ -29,10 +29,17 @@ MIN_CHUNK, MAX_CHUNK = 128, 1024
 
 
 def chunked_cross_entropy(
-    hidden: Tensor, *, weight: Tensor, bias: Tensor | None, labels: Tensor, weights: Tensor, settings: CrossEntropy
+    hidden: Tensor,
+    *,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    weights: Tensor,
+    settings: CrossEntropy,
+    vocabulary: VocabularyShare | None = None,
 ) -> LossSums:
     """`linear_cross_entropy` by chunks; shapes as there."""
-    return LossSums(*apply_many(_LinearCrossEntropy, hidden, weight, bias, labels, weights, settings))
+    return LossSums(*apply_many(_LinearCrossEntropy, hidden, weight, bias, labels, weights, settings, vocabulary))
 
 
 @dataclass
@@ -55,6 +62,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         labels: Tensor,
         weights: Tensor,
         settings: CrossEntropy,
+        vocabulary: VocabularyShare | None,
     ) -> tuple[Tensor, ...]:
         compute = _compute_dtype(hidden)
         places = weights.nonzero()[:, 0]
@@ -64,11 +72,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
             labels, weights = labels.index_select(0, places), weights.index_select(0, places)
         sums = _run(
             rows.to(compute),
-            weight=weight.to(compute),
-            bias=None if bias is None else bias.to(compute),
+            head=_Head(
+                weight=weight.to(compute),
+                bias=None if bias is None else bias.to(compute),
+                settings=settings,
+                vocabulary=vocabulary,
+            ),
             labels=labels,
             weights=weights,
-            settings=settings,
             wanted=ctx.needs_input_grad[:3],
         )
         ctx.has_places = not all_count
@@ -97,21 +108,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
             None,
             None,
             None,
+            None,
         )
 
 
-def _run(
-    rows: Tensor,
-    *,
-    weight: Tensor,
-    bias: Tensor | None,
-    labels: Tensor,
-    weights: Tensor,
-    settings: CrossEntropy,
-    wanted: tuple[bool, bool, bool],
-) -> _Sums:
+def _run(rows: Tensor, *, head: _Head, labels: Tensor, weights: Tensor, wanted: tuple[bool, bool, bool]) -> _Sums:
     """Goes over the chunks of rows [n, D], all of which count."""
     precise = torch.promote_types(rows.dtype, torch.float32)
+    weight, bias, settings = head.weight, head.bias, head.settings
     count, num_classes = rows.shape[0], weight.shape[0]
     sums = _Sums(
         scalars=torch.zeros(5, dtype=precise, device=rows.device),
@@ -119,11 +123,11 @@ def _run(
         weight=torch.zeros(weight.shape, dtype=precise, device=rows.device) if wanted[1] else None,
         bias=torch.zeros(num_classes, dtype=precise, device=rows.device) if wanted[2] and bias is not None else None,
     )
-    chunk = settings.chunk or min(MAX_CHUNK, max(MIN_CHUNK, CHUNK_BYTES // (num_classes * rows.element_size())))
+    # By the whole vocabulary: ranks that share it go over the same chunks, however uneven their parts are.
+    chunk = settings.chunk or min(MAX_CHUNK, max(MIN_CHUNK, CHUNK_BYTES // (head.num_classes * rows.element_size())))
     # Equal chunks: a short last one would run its matrix products at a lower speed.
     pieces = max(1, -(-count // chunk))
     chunk = max(1, -(-count // pieces))
-    summed = _Uniform(weight=weight, bias=bias, settings=settings)
     logits = rows.new_empty(chunk, num_classes)
     probabilities = torch.empty(chunk, num_classes, dtype=precise, device=rows.device)
     for start in range(0, count, chunk):
@@ -135,23 +139,26 @@ def _run(
             labels=labels[part],
             weights=weights[part].to(precise),
             buffers=(logits[:size], probabilities[:size]),
-            uniform=summed,
+            head=head,
             sums=sums,
             place=part,
         )
     if sums.hidden is not None and settings.scale != 1.0:
         sums.hidden.mul_(settings.scale)
-    summed.finish(sums)
+    head.finish(sums)
     return sums
 
 
-class _Uniform:
+class _Head:
     """The head, and the uniform part of the smoothed target as sums over classes and over tokens."""
 
-    def __init__(self, *, weight: Tensor, bias: Tensor | None, settings: CrossEntropy) -> None:
+    def __init__(
+        self, *, weight: Tensor, bias: Tensor | None, settings: CrossEntropy, vocabulary: VocabularyShare | None
+    ) -> None:
         precise = torch.promote_types(weight.dtype, torch.float32)
-        self.weight, self.bias, self.settings = weight, bias, settings
-        self.share = settings.label_smoothing / weight.shape[0]
+        self.weight, self.bias, self.settings, self.vocabulary = weight, bias, settings, vocabulary
+        self.num_classes = weight.shape[0] if vocabulary is None else vocabulary.size
+        self.share = settings.label_smoothing / self.num_classes
         # With a soft cap the sum of the logits is not linear in the hidden state; the chunk then does it in full.
         self.linear = self.share > 0 and settings.soft_cap is None
         self.class_sum = weight.sum(dim=0, dtype=precise) if self.linear else None
@@ -160,7 +167,7 @@ class _Uniform:
         self.token_weight: Tensor | None = None
 
     def logit_sum(self, rows: Tensor) -> Tensor:
-        """The sum of all classes' logits of each row [n, D]: [n]."""
+        """The sum of the logits of each row [n, D] over all classes that are here: [n]."""
         assert self.class_sum is not None
         total = rows.to(self.class_sum.dtype) @ self.class_sum
         return total if self.bias_sum is None else total + self.bias_sum
@@ -187,12 +194,12 @@ def _chunk(
     labels: Tensor,
     weights: Tensor,
     buffers: tuple[Tensor, Tensor],
-    uniform: _Uniform,
+    head: _Head,
     sums: _Sums,
     place: slice,
 ) -> None:
     """One chunk: adds its share to `sums`. `rows` [n, D] are already scaled; `buffers` are two of [n, V]."""
-    settings, weight, bias = uniform.settings, uniform.weight, uniform.bias
+    settings, weight, bias = head.settings, head.weight, head.bias
     logits, probabilities = buffers
     if bias is None:
         torch.mm(rows, weight.t(), out=logits)
@@ -201,25 +208,41 @@ def _chunk(
     if settings.soft_cap is not None:
         logits.div_(settings.soft_cap).tanh_().mul_(settings.soft_cap)
     precise = probabilities.dtype
-    torch.softmax(logits, dim=-1, dtype=precise, out=probabilities)
-    top = logits.amax(dim=-1).to(precise)
-    # The highest probability is at least 1 / V, so its logarithm is exact where that of the label's could underflow.
-    normaliser = top - probabilities.amax(dim=-1).log_()
-    column = labels[:, None]
-    of_label = logits.gather(1, column)[:, 0].to(precise)
-    nll = normaliser - of_label
     smoothing = settings.label_smoothing
-    loss = nll
+    total: Tensor | None = None
     if smoothing > 0:
-        total = uniform.logit_sum(rows) if uniform.linear else logits.sum(dim=-1, dtype=precise)
-        loss = (1 - smoothing) * nll + smoothing * (normaliser - total / weight.shape[0])
+        total = head.logit_sum(rows) if head.linear else logits.sum(dim=-1, dtype=precise)
+    column, here = labels[:, None], None
+    if head.vocabulary is None:
+        torch.softmax(logits, dim=-1, dtype=precise, out=probabilities)
+        top = logits.amax(dim=-1).to(precise)
+        # The highest probability is at least 1 / V, so its logarithm is exact where that of the label could underflow.
+        normaliser = top - probabilities.amax(dim=-1).log_()
+        of_label = logits.gather(1, column)[:, 0].to(precise)
+    else:
+        column, here = _columns_here(column, vocabulary=head.vocabulary, count=weight.shape[0])
+        of_label = torch.where(here, logits.gather(1, column), 0.0)[:, 0].to(precise)
+        top, normaliser, of_label, total = _shared_softmax(
+            logits, probabilities=probabilities, of_label=of_label, total=total, vocabulary=head.vocabulary
+        )
+    nll = normaliser - of_label
+    loss = nll
+    if total is not None:
+        loss = (1 - smoothing) * nll + smoothing * (normaliser - total / head.num_classes)
     z_loss = settings.z_loss * normaliser.square()
     parts = torch.stack((loss + z_loss, nll, (of_label >= top).to(precise), z_loss, torch.ones_like(nll)))
     sums.scalars += parts @ weights
     if sums.hidden is None and sums.weight is None and sums.bias is None:
         return
+    on_label = probabilities.new_full((1, 1), -(1 - smoothing)).expand(column.shape)
     row_factor = _logits_gradient(
-        logits, probabilities=probabilities, column=column, weights=weights, lse=normaliser, uniform=uniform
+        logits,
+        probabilities=probabilities,
+        column=column,
+        on_label=on_label if here is None else on_label * here,
+        weights=weights,
+        lse=normaliser,
+        head=head,
     )
     _products(
         rows,
@@ -227,30 +250,69 @@ def _chunk(
         gradient=probabilities,
         row_factor=row_factor,
         weights=weights,
-        uniform=uniform,
+        head=head,
         sums=sums,
         place=place,
     )
 
 
+def _columns_here(column: Tensor, *, vocabulary: VocabularyShare, count: int) -> tuple[Tensor, Tensor]:
+    """Returns the places [n, 1] of labels among the `count` classes here, 0 for those elsewhere, and which are here."""
+    column = column - vocabulary.first
+    here = (column >= 0) & (column < count)
+    return torch.where(here, column, 0), here
+
+
+def _shared_softmax(
+    logits: Tensor, *, probabilities: Tensor, of_label: Tensor, total: Tensor | None, vocabulary: VocabularyShare
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Turns logits [n, part of V] into probabilities among all classes.
+
+    Args:
+        logits: of the classes that are here.
+        probabilities: is overwritten, in the shape of `logits`.
+        of_label: logits [n] of labels that are here, zero for others.
+        total: sums [n] of the logits that are here, or None.
+        vocabulary: how ranks add up.
+
+    Returns:
+        For each row, of all classes: the highest logit, the normaliser, the label's logit, the sum of logits.
+    """
+    top = vocabulary.maximum(logits.amax(dim=-1).to(probabilities.dtype))
+    torch.sub(logits, top[:, None], out=probabilities)
+    probabilities.exp_()
+    parts = [probabilities.sum(dim=-1), of_label]
+    if total is not None:
+        parts.append(total)
+    sums = vocabulary.total(torch.stack(parts))
+    probabilities.div_(sums[0][:, None])
+    return top, top + sums[0].log(), sums[1], sums[2] if total is not None else None
+
+
 def _logits_gradient(
-    logits: Tensor, *, probabilities: Tensor, column: Tensor, weights: Tensor, lse: Tensor, uniform: _Uniform
+    logits: Tensor,
+    *,
+    probabilities: Tensor,
+    column: Tensor,
+    on_label: Tensor,
+    weights: Tensor,
+    lse: Tensor,
+    head: _Head,
 ) -> Tensor | None:
     """Turns probabilities [n, V] into the logits' gradient, in place, but for the terms that `_products` adds.
 
     Returns:
         A factor of each row that is still to be applied, [n], or None.
     """
-    settings = uniform.settings
-    on_label = 1 - settings.label_smoothing
+    settings = head.settings
     if settings.z_loss == 0 and settings.soft_cap is None:
-        probabilities.scatter_add_(1, column, probabilities.new_full((1, 1), -on_label).expand(column.shape))
+        probabilities.scatter_add_(1, column, on_label)
         return weights
     probabilities.mul_((weights * (1 + 2 * settings.z_loss * lse))[:, None])
-    probabilities.scatter_add_(1, column, (-on_label * weights)[:, None])
+    probabilities.scatter_add_(1, column, on_label * weights[:, None])
     if settings.soft_cap is not None:
         if settings.label_smoothing > 0:
-            probabilities.sub_((uniform.share * weights)[:, None])
+            probabilities.sub_((head.share * weights)[:, None])
         probabilities.mul_(1 - (logits.to(probabilities.dtype) / settings.soft_cap).square_())
     return None
 
@@ -262,7 +324,7 @@ def _products(
     gradient: Tensor,
     row_factor: Tensor | None,
     weights: Tensor,
-    uniform: _Uniform,
+    head: _Head,
     sums: _Sums,
     place: slice,
 ) -> None:
@@ -277,8 +339,8 @@ def _products(
             out.copy_(cast @ weight)
         if row_factor is not None:
             out.mul_(row_factor[:, None])
-        if uniform.linear and uniform.class_sum is not None:
-            out.addr_(weights, uniform.class_sum, alpha=-uniform.share)
+        if head.linear and head.class_sum is not None:
+            out.addr_(weights, head.class_sum, alpha=-head.share)
     if sums.weight is not None:
         weighted = rows if row_factor is None else rows * row_factor[:, None].to(rows.dtype)
         if weight.dtype is precise:
@@ -287,8 +349,8 @@ def _products(
             sums.weight.add_(cast.t() @ weighted)
     if sums.bias is not None:
         sums.bias.add_(gradient.sum(dim=0) if row_factor is None else row_factor @ gradient)
-    if uniform.linear:
-        uniform.count(rows, weights=weights)
+    if head.linear:
+        head.count(rows, weights=weights)
 
 
 def _compute_dtype(hidden: Tensor) -> torch.dtype:

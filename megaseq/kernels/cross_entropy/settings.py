@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -22,6 +23,20 @@ class CrossEntropy:
     """Logits become `soft_cap * tanh(logits / soft_cap)` (Gemma 2)."""
     chunk: int | None = None
     """Tokens whose logits exist at one time; None: chosen by the width of the vocabulary."""
+
+
+@dataclass(frozen=True)
+class VocabularyShare:
+    """Which part of the vocabulary is here, where ranks share it, and how they add up; the op knows nothing else."""
+
+    first: int
+    """First class that is here; the others follow."""
+    size: int
+    """Classes V of the whole vocabulary."""
+    total: Callable[[Tensor], Tensor]
+    """Sums over the ranks, in place or not."""
+    maximum: Callable[[Tensor], Tensor]
+    """The largest over the ranks, element by element, in place or not."""
 
 
 class LossSums(NamedTuple):
