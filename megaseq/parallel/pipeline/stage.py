@@ -38,7 +38,7 @@ class StageModule(nn.Module):
         with job.forward_context():
             left = self.run(received, batch=job.batches[self.micro_batch])
             if not self.stage.is_last:
-                return tuple(left[flow.name].to(job.dtype).contiguous() for flow in self.stage.leaves)
+                return tuple(_sendable(left[flow.name], dtype=job.dtype) for flow in self.stage.leaves)
             output = self.output(left, batch=job.batches[self.micro_batch])
         loss: Tensor = output.loss_sum
         # Kept without the graph, which the schedule frees micro-batch by micro-batch.
@@ -111,6 +111,12 @@ def make_scheduled_stage(
         output_args=outputs,
         group=process_group,
     )
+
+
+def _sendable(tensor: Tensor, *, dtype: torch.dtype) -> Tensor:
+    """Returns an activation as it goes to the next stage: dense, and no view, which could not be detached in place."""
+    tensor = tensor.to(dtype).contiguous()
+    return tensor.clone() if tensor._is_view() else tensor
 
 
 def _meta(flow: Flow, *, shapes: Shapes, dtype: torch.dtype) -> Tensor:
