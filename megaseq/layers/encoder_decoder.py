@@ -10,13 +10,14 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from megaseq.base import FROM_PARENT, REQUIRED, NestedMap
+from megaseq.kernels.cross_entropy import VocabularyShare
 from megaseq.layers import decoding
 from megaseq.layers.base import Layer, inherit
 from megaseq.layers.embedding import Embedding
 from megaseq.layers.initializers import Constant
 from megaseq.layers.transformer import Decoder, Encoder
 from megaseq.layers.units import UnitRun, encoder_decoder_units, places_of
-from megaseq.parallel.spec import Unit
+from megaseq.parallel.spec import ParameterSpec, Ranks, Unit
 
 
 class SoftmaxWeights(NamedTuple):
@@ -75,6 +76,7 @@ class EncoderDecoder(Layer):
                 )
 
     params: Params
+    divisible = True
 
     def __init__(self, p: Params) -> None:
         super().__init__(p)
@@ -164,14 +166,42 @@ class EncoderDecoder(Layer):
         return left
 
     def softmax_weights(self) -> SoftmaxWeights:
-        """Returns what a fused loss needs to go from hidden states to logits."""
-        return SoftmaxWeights(self.softmax_matrix(), self.logits_bias, self.output_scale, self.params.logits_soft_cap)
+        """Returns what a fused loss needs to go from hidden states to logits; of the tokens of `vocabulary_share`."""
+        bias = self.logits_bias
+        if bias is not None and not isinstance(bias, nn.Parameter) and self._shares_vocabulary is not None:
+            start, stop = self._shares_vocabulary.span(self._num_classes)
+            bias = bias[start:stop]  # a buffer is whole on every rank
+        return SoftmaxWeights(self.softmax_matrix(), bias, self.output_scale, self.params.logits_soft_cap)
+
+    @property
+    def _shares_vocabulary(self) -> Ranks | None:
+        """The tensor ranks, where they share the vocabulary."""
+        return self.ranks if self.ranks is not None and "vocab" in self.ranks.divided else None
+
+    @property
+    def _num_classes(self) -> int:
+        """Rows V of the whole softmax matrix."""
+        spec: ParameterSpec = self.softmax_matrix().spec  # type: ignore[attr-defined]
+        return spec.shape[0]
+
+    def vocabulary_share(self) -> VocabularyShare | None:
+        """Returns which target tokens `softmax_weights` are of, for a fused loss; None: all."""
+        ranks = self._shares_vocabulary
+        if ranks is None:
+            return None
+        size = self._num_classes
+        return VocabularyShare(first=ranks.span(size)[0], size=size, total=ranks.total, maximum=ranks.maximum)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Returns the scores [..., V] of the tokens after hidden states [..., D]."""
+        """Returns the scores [..., V] of the tokens after hidden states [..., D].
+
+        Over tensor ranks it has no gradient: training goes through the fused loss.
+        """
         weight, bias, scale, soft_cap = self.softmax_weights()
         logits = functional.linear(hidden if scale == 1.0 else hidden * scale, weight, bias)
-        return logits if soft_cap is None else soft_cap * torch.tanh(logits / soft_cap)
+        logits = logits if soft_cap is None else soft_cap * torch.tanh(logits / soft_cap)
+        ranks = self._shares_vocabulary
+        return logits if ranks is None else ranks.gather(logits, length=self._num_classes, dim=-1)
 
     @torch.no_grad()
     def prefill(self, source: NestedMap) -> NestedMap:

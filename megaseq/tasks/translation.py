@@ -68,6 +68,7 @@ class Translation(BaseTask, EncoderDecoder):
             labels=batch.target.labels.reshape(-1),
             weights=batch.target.weights.reshape(-1),
             settings=self._loss,
+            vocabulary=self.vocabulary_share(),
         )
         total = sums.weight.detach()
         metrics = {"nll": (sums.nll.detach(), total), "accuracy": (sums.correct.detach(), total)}
