@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from megaseq.checkpoint.average import average, newest, write_average
 from megaseq.checkpoint.checkpointer import Checkpointer
+from megaseq.checkpoint.convert import convert
+from megaseq.checkpoint.difference import difference
 from megaseq.checkpoint.directory import find_checkpoint, list_steps
 from megaseq.checkpoint.inspect import inspect
 from megaseq.checkpoint.manifest import DamagedError
@@ -24,6 +26,8 @@ __all__ = [
     "WarmStartReport",
     "WarmStartRule",
     "average",
+    "convert",
+    "difference",
     "export_safetensors",
     "find_checkpoint",
     "fragment_pieces",

@@ -44,7 +44,7 @@ def average(paths: Sequence[str | os.PathLike[str]], *, weights: Weights = "auto
     names = parameter_names(opened[0])
     for other in opened[1:]:
         _check_same(opened[0], other, names=names)
-    sources = _sources(opened, names=names, weights=weights)
+    sources = weight_sources(opened, names=names, weights=weights)
     result: dict[str, Tensor] = {}
     for name in names:
         source = sources[name]
@@ -112,8 +112,12 @@ def parameter_names(opened: OpenCheckpoint) -> list[str]:
     return [name for name in opened.entries if not name.startswith(STATE_PREFIXES)]
 
 
-def _sources(opened: Sequence[OpenCheckpoint], *, names: Sequence[str], weights: Weights) -> dict[str, str]:
-    """Returns the stored name to read for each parameter."""
+def weight_sources(opened: Sequence[OpenCheckpoint], *, names: Sequence[str], weights: Weights) -> dict[str, str]:
+    """Returns the stored name to read for each parameter.
+
+    Raises:
+        CheckpointError: When moving averages are asked for and there are none.
+    """
     averaged = {name for name in names if all(EMA_PREFIX + name in checkpoint.entries for checkpoint in opened)}
     if weights == "ema" and not averaged:
         raise CheckpointError(

@@ -20,7 +20,8 @@ def inspect(path: str | os.PathLike[str], *, pattern: str | None = None) -> str:
 
     Args:
         path: Of a checkpoint, a run directory, or its folder of checkpoints.
-        pattern: Lists the tensors whose names it matches (`re.search`); None lists none, "" all.
+        pattern: Lists the tensors whose names it matches (`re.search`), with the pieces of those that are stored in
+            several; None lists none, "" all.
 
     Raises:
         CheckpointError: When there is no checkpoint, or the one that `path` names is damaged.
@@ -54,7 +55,10 @@ def _row(path: Path) -> str:
 
 def _head(opened: OpenCheckpoint) -> str:
     whole = f"{len(opened.manifest.files)} files, {_size(opened.manifest)}, all as in the manifest (size and SHA-256)"
-    return f"{opened.path}\nstep {opened.manifest.step}\n{whole}"
+    ranks = opened.manifest.ranks
+    layout = opened.manifest.layout or "unknown"
+    writer = f"written by {ranks} {'rank' if ranks == 1 else 'ranks'}, layout {layout}"
+    return f"{opened.path}\nstep {opened.manifest.step}\n{writer}\n{whole}"
 
 
 def _files(manifest: Manifest) -> str:
@@ -63,11 +67,17 @@ def _files(manifest: Manifest) -> str:
 
 
 def _groups(opened: OpenCheckpoint) -> str:
-    """Counts tensors by the first component of their names."""
+    """Counts tensors by the first component of their names, and the pieces that they are stored in."""
     groups: dict[str, list[int]] = {}
+    pieces: dict[str, int] = {}
     for name, entry in opened.entries.items():
-        groups.setdefault(name.split(".", 1)[0], []).append(math.prod(entry.size))
-    rows = [f"  {group}  {len(sizes)} tensors, {sum(sizes):,} elements" for group, sizes in sorted(groups.items())]
+        group = name.split(".", 1)[0]
+        groups.setdefault(group, []).append(math.prod(entry.size))
+        pieces[group] = pieces.get(group, 0) + len(entry.chunks)
+    rows = [
+        f"  {group}  {len(sizes)} tensors, {sum(sizes):,} elements in {pieces[group]} pieces"
+        for group, sizes in sorted(groups.items())
+    ]
     return "\n".join(["tensors", *rows])
 
 
@@ -83,6 +93,8 @@ def _tensors(opened: OpenCheckpoint, *, pattern: str) -> str:
     for name in names:
         entry = opened.entries[name]
         rows.append(f"  {name}  {str(entry.properties.dtype).removeprefix('torch.')} {list(entry.size)}")
+        if len(entry.chunks) > 1:
+            rows += [f"    {list(size)} at {list(start)}  {file}" for start, size, file in opened.chunks(name)]
     return "\n".join([f"tensors that match {pattern!r}: {len(names)}", *rows])
 
 

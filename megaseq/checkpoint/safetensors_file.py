@@ -155,9 +155,15 @@ def export_safetensors(
     Returns:
         The file's digest.
     """
+    return export_entries([_entry(name, tensor) for name, tensor in tensors.items()], path, metadata=metadata)
+
+
+def export_entries(
+    entries: Sequence[TensorEntry], path: str | os.PathLike[str], *, metadata: Mapping[str, str] | None = None
+) -> FileDigest:
+    """Writes tensors, each asked for when it is its turn, as `export_safetensors` does."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    entries = [_entry(name, tensor) for name, tensor in tensors.items()]
     try:
         digest = write_entries(temporary, entries=entries, metadata=metadata or {"format": "pt"})
         os.replace(temporary, path)

@@ -1,4 +1,4 @@
-"""`megaseq checkpoint inspect|average`: looks into checkpoints, and averages them."""
+"""`megaseq checkpoint inspect|convert|average|diff`: looks into checkpoints, and makes others of them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ if TYPE_CHECKING:
 def register(subparsers: _SubParsersAction[argparse.ArgumentParser]) -> None:
     """Adds the command's parsers."""
     parser = subparsers.add_parser(
-        "checkpoint", help="inspect or average checkpoints", description="Works on checkpoints.", allow_abbrev=False
+        "checkpoint",
+        help="inspect, convert, average or compare checkpoints",
+        description="Works on checkpoints.",
+        allow_abbrev=False,
     )
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
 
@@ -32,7 +35,45 @@ def register(subparsers: _SubParsersAction[argparse.ArgumentParser]) -> None:
     )
     inspect.set_defaults(run=run_inspect)
 
+    _add_convert(actions)
     add_average(actions)
+    _add_diff(actions)
+
+
+def _add_convert(actions: _SubParsersAction[argparse.ArgumentParser]) -> None:
+    convert = actions.add_parser(
+        "convert",
+        help="write a checkpoint of any layout as one file or one process's checkpoint",
+        description="Writes a checkpoint anew, as one process would have, whatever layout wrote it.",
+        allow_abbrev=False,
+    )
+    convert.add_argument("path", metavar="PATH", help="checkpoint, or run directory, whose newest is meant")
+    convert.add_argument("output", metavar="OUT", help="new checkpoint, or file that ends in .safetensors")
+    convert.add_argument(
+        "--weights",
+        choices=("auto", "parameters", "ema", "all"),
+        default="auto",
+        help="parameters, their moving averages, the latter where there are any (auto), or all state, which "
+        "training resumes from",
+    )
+    convert.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "float16"), help="type of the weights; as they are if not given"
+    )
+    convert.set_defaults(run=run_convert)
+
+
+def _add_diff(actions: _SubParsersAction[argparse.ArgumentParser]) -> None:
+    diff = actions.add_parser(
+        "diff",
+        help="compare two checkpoints",
+        description="Compares names, shapes, types and values. Exit code 0: equal; 1: not; 2: cannot be compared.",
+        allow_abbrev=False,
+    )
+    diff.add_argument("first", metavar="PATH", help="checkpoint, or run directory, whose newest is meant")
+    diff.add_argument("second", metavar="OTHER", help="likewise")
+    diff.add_argument("--tensors", metavar="PATTERN", help="compare only tensors whose names the pattern matches")
+    diff.add_argument("--limit", type=int, default=20, metavar="N", help="print at most N lines of a kind (20)")
+    diff.set_defaults(run=run_diff)
 
 
 def add_average(subparsers: _SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -63,6 +104,23 @@ def run_inspect(arguments: argparse.Namespace) -> int:
 
     print(inspect(arguments.path, pattern=arguments.tensors))
     return 0
+
+
+def run_convert(arguments: argparse.Namespace) -> int:
+    """Writes the new checkpoint or file and prints its path; returns the exit code."""
+    from megaseq.checkpoint.convert import convert
+
+    print(convert(arguments.path, output=arguments.output, weights=arguments.weights, dtype=arguments.dtype))
+    return 0
+
+
+def run_diff(arguments: argparse.Namespace) -> int:
+    """Prints what differs; returns the exit code."""
+    from megaseq.checkpoint.difference import difference
+
+    found = difference(arguments.first, arguments.second, pattern=arguments.tensors)
+    print(found.text(limit=arguments.limit))
+    return 1 if found else 0
 
 
 def run_average(arguments: argparse.Namespace) -> int:

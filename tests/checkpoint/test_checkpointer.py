@@ -238,9 +238,7 @@ ALL_FILES = (
         (Path.unlink, "is missing|cannot be read"),
     ],
 )
-def test_a_damaged_newest_checkpoint_is_named_and_passed_over(
-    make: Make, name: str, damage: Any, reason: str
-) -> None:
+def test_a_damaged_newest_checkpoint_is_named_and_passed_over(make: Make, name: str, damage: Any, reason: str) -> None:
     checkpointer = make()
     expected = save(checkpointer, 1)
     save(checkpointer, 2)

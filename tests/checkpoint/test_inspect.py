@@ -30,8 +30,9 @@ def test_a_checkpoint_is_described(make: Make) -> None:
     text = inspect(checkpointer.path(7), pattern="half|scale")
     assert text.splitlines()[1] == "step 7"
     for line in (
-        "  task  7 tensors, 75 elements",
-        "  learner  1 tensors, 35 elements",
+        "written by 1 rank, layout unknown",
+        "  task  7 tensors, 75 elements in 7 pieces",
+        "  learner  1 tensors, 35 elements in 1 pieces",
         "  bleu 31.5",
         "tensors that match 'half|scale': 2",
         "  task.encoder.half  bfloat16 [3, 3]",
