@@ -21,26 +21,39 @@ from megaseq.layers.linear import Linear
 from megaseq.layers.routing import PerExpert, Router
 from megaseq.layers.sight import Sight, inner_of, stream_of
 from megaseq.layers.tokens import token_numbers
-from megaseq.parallel.spec import Axis
+from megaseq.parallel.spec import Axis, Ranks
 
 
-class ExpertExchange(Protocol):
-    """Brings pairs to the ranks that hold their experts, and the results back."""
+class Trip(Protocol):
+    """Pairs of several ranks at the rank that holds their experts."""
 
-    def dispatch(self, x: Tensor, *, counts: Tensor, numbers: Tensor) -> tuple[Tensor, list[int], Tensor]:
-        """Sends pairs away.
+    @property
+    def x(self) -> Tensor:
+        """[A', D], sorted by expert."""
+
+    @property
+    def counts(self) -> list[int]:
+        """Pairs of each expert that is here."""
+
+    @property
+    def names(self) -> Tensor:
+        """int64 [A'], the names of the pairs."""
+
+    def back(self, y: Tensor) -> Tensor:
+        """Returns the results [A, D] of the pairs that this rank sent, in their order; `y` [A', D] are those here."""
+
+
+class ExpertRanks(Protocol):
+    """The ranks that share the experts of a layer."""
+
+    def send(self, x: Tensor, *, counts: Tensor, names: Tensor) -> Trip:
+        """Sends pairs to the ranks that hold their experts.
 
         Args:
             x: [A, D], sorted by expert.
             counts: int64 [E], of each expert of the layer.
-            numbers: int64 [A], the pairs' names.
-
-        Returns:
-            The pairs of this rank's experts: [A', D] sorted by expert, the count of each, their names [A'].
+            names: int64 [A], which pair each is.
         """
-
-    def combine(self, y: Tensor) -> Tensor:
-        """Sends results [A', D] of the pairs that `dispatch` brought back to where they came from: [A, D]."""
 
 
 class ExpertLinear(Layer):
@@ -50,6 +63,8 @@ class ExpertLinear(Layer):
         pass
 
     params: Params
+    divisible = True
+    _reads_a_part = False
 
     def __init__(self, p: Params, *, num_experts: int, axes: tuple[Axis, Axis]) -> None:
         super().__init__(p)
@@ -71,13 +86,17 @@ class ExpertLinear(Layer):
     def forward(self, x: Tensor, *, counts: list[int]) -> Tensor:
         """Maps pairs `x` [A, input_dim], sorted by expert, `counts` of each, to [A, output_dim]."""
         y = grouped_linear(x, weight=self.weight, counts=counts)
-        return y if self.bias is None else y + self.expanded_bias(counts, like=y)
+        if self.ranks is not None and self._reads_a_part:
+            y = self.ranks.sum(y)
+        if self.bias is None:
+            return y
+        repeats = torch.tensor(counts, device=y.device)
+        return y + self.bias.to(y.dtype).repeat_interleave(repeats, dim=0, output_size=y.shape[0])
 
-    def expanded_bias(self, counts: list[int], *, like: Tensor) -> Tensor:
-        """Returns the bias of each pair, [A, output_dim]."""
-        bias = self.bias if self.bias is not None else like.new_zeros(len(counts), like.shape[1])
-        repeats = torch.tensor(counts, device=like.device)
-        return bias.to(like.dtype).repeat_interleave(repeats, dim=0, output_size=like.shape[0])
+    def divide(self, ranks: Ranks) -> None:
+        """Learns whether the inputs are divided over the tensor ranks."""
+        super().divide(ranks)
+        self._reads_a_part = self.weight.shape[2] < self.params.input_dim
 
 
 class MixtureOfExperts(Branch):
@@ -108,7 +127,14 @@ class MixtureOfExperts(Branch):
         self.up = self._map(p.up, "hidden")
         self.down = self._map(p.down, "model")
         self.activation = activation(p.activation)
-        self.exchange: ExpertExchange | None = None
+        self.expert_ranks: ExpertRanks | None = None
+        self._columns = (0, p.hidden_dim)
+
+    def divide(self, ranks: Ranks) -> None:
+        """Learns which hidden units of every expert are here."""
+        super().divide(ranks)
+        if "hidden" in ranks.divided:
+            self._columns = (ranks.span(self.params.hidden_dim)[0], self.params.hidden_dim)
 
     def _map(self, params: Linear.Params, output: Axis) -> ExpertLinear:
         p = self.params
@@ -126,8 +152,12 @@ class MixtureOfExperts(Branch):
             x: the stream.
             sight: which tokens these are, and which of them are padding; None: all of the context's rows, and real.
         """
-        tokens = inner_of(sight) or self.tokens_of(x)
-        entered = self.enter(x)
+        tokens, stream = inner_of(sight) or self.tokens_of(x), stream_of(sight)
+        entered = self.enter(x, tokens=stream)
+        divided = self.ranks is not None and stream is not None and stream.divided
+        if self.ranks is not None and divided:
+            # The router wants all tokens of a row; what follows is the same on all ranks but for the experts.
+            entered = self.ranks.join_tokens(entered, partial=False)
         batch, length, width = entered.shape
         segment_ids = None if sight is None else sight.segment_ids
         real = None if segment_ids is None else segment_ids > 0
@@ -137,14 +167,18 @@ class MixtureOfExperts(Branch):
         names = token_numbers(tokens, batch=batch, count=length, device=x.device).flatten()[pairs.tokens]
         names = names * self.params.num_experts + pairs.experts
         rows = entered.flatten(0, 1).index_select(0, pairs.tokens)
-        if self.exchange is None:
+        if self.ranks is not None:
+            rows = self.ranks.copy(rows)
+        if self.expert_ranks is None:
             y = self.experts(rows, counts=pairs.counts.tolist(), names=names)
         else:
-            received, counts, names = self.exchange.dispatch(rows, counts=pairs.counts, numbers=names)
-            y = self.exchange.combine(self.experts(received, counts=counts, names=names))
+            trip = self.expert_ranks.send(rows, counts=pairs.counts, names=names)
+            y = trip.back(self.experts(trip.x, counts=trip.counts, names=trip.names))
         y = y * pairs.gates.to(y.dtype).unsqueeze(1)
-        y = y.new_zeros(batch * length, width).index_add(0, pairs.tokens, y)
-        return self.leave(x, y.view(batch, length, width), tokens=stream_of(sight))
+        y = y.new_zeros(batch * length, width).index_add(0, pairs.tokens, y).view(batch, length, width)
+        if self.ranks is not None and divided:
+            y = self.ranks.cut_tokens(y)
+        return self.leave(x, y, tokens=stream)
 
     def experts(self, x: Tensor, *, counts: list[int], names: Tensor) -> Tensor:
         """Runs pairs `x` [A, D], sorted by expert, through this rank's experts; returns [A, D].
@@ -164,4 +198,4 @@ class MixtureOfExperts(Branch):
 
     def _drop_hidden(self, hidden: Tensor, *, names: Tensor) -> Tensor:
         rate, key = self.params.activation_dropout, self.dropout_key(site=1)
-        return dropout(hidden, rate=rate, key=key, offset=names * self.params.hidden_dim)
+        return dropout(hidden, rate=rate, key=key, offset=names * self._columns[1] + self._columns[0])

@@ -19,5 +19,5 @@ def reference_grouped_linear(x: Tensor, *, weight: Tensor, counts: list[int]) ->
         [A, F].
     """
     # The matrix of an empty group takes part too: it gets a gradient, of zero.
-    groups = zip(x.split(counts), weight.unbind(0), strict=True)
+    groups = zip(torch.split(x, counts), weight.unbind(0), strict=True)
     return torch.cat([functional.linear(rows, matrix) for rows, matrix in groups])
