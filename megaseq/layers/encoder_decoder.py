@@ -16,7 +16,7 @@ from megaseq.layers.base import Layer, inherit
 from megaseq.layers.embedding import Embedding
 from megaseq.layers.initializers import Constant
 from megaseq.layers.transformer import Decoder, Encoder
-from megaseq.layers.units import UnitRun, encoder_decoder_units, places_of
+from megaseq.layers.units import UnitRun, encoder_decoder_units, flow_shapes, places_of
 from megaseq.parallel.spec import ParameterSpec, Ranks, Unit
 
 
@@ -164,6 +164,10 @@ class EncoderDecoder(Layer):
         for unit in units:
             left = run.run(left, unit=unit)
         return left
+
+    def flow_shapes(self, batch: NestedMap) -> dict[str, tuple[int, int]]:
+        """Returns (rows, tokens) of what travels between units; see `megaseq.parallel.spec.Pipelined`."""
+        return flow_shapes(self, batch=batch)
 
     def softmax_weights(self) -> SoftmaxWeights:
         """Returns what a fused loss needs to go from hidden states to logits; of the tokens of `vocabulary_share`."""

@@ -56,6 +56,23 @@ def encoder_decoder_units(model: EncoderDecoder) -> tuple[Unit, ...]:
     return tuple(made)
 
 
+def flow_shapes(model: EncoderDecoder, *, batch: NestedMap) -> dict[str, tuple[int, int]]:
+    """Returns (rows, tokens) of what this process has of each flow of `batch`, which may be a source alone."""
+    shapes: dict[str, tuple[int, int]] = {}
+    sides: tuple[tuple[str, Stack], ...] = (("source", model.encoder), ("target", model.decoder))
+    for side, stack in sides:
+        if side not in batch:
+            continue
+        ids = batch[side].ids
+        rows, tokens = ids.shape
+        name = "encoder" if side == "source" else "decoder"
+        # The residual stream may be shared among tensor ranks; what a stack gives is not.
+        divided = stack.stream(stack.tokens_of(ids)).divided and stack.ranks is not None
+        shapes[name] = (rows, tokens // stack.ranks.size if divided and stack.ranks is not None else tokens)
+        shapes["memory" if side == "source" else OUTPUT] = (rows, tokens)
+    return shapes
+
+
 def _entrance(stack: str) -> tuple[str, ...]:
     """Returns what a stack reads before its first layer."""
     return f"{stack}.positions", f"{stack}.input_norm", f"{stack}.position_bias"

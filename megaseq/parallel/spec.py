@@ -201,5 +201,8 @@ class Pipelined(Protocol):
             units: consecutive ones.
         """
 
+    def flow_shapes(self, batch: Any) -> Mapping[str, tuple[int, int]]:
+        """Returns (rows, tokens) of what this process has of each flow of a micro-batch, by name."""
+
     def output_of(self, carry: Mapping[str, torch.Tensor], *, batch: Any) -> Any:
         """Returns the loss output of a micro-batch, of what the last unit left."""

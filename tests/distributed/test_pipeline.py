@@ -61,10 +61,6 @@ def _setup(
     return task, context, mesh, plan, runner
 
 
-def _shapes(batch: NestedMap) -> dict[str, tuple[int, int]]:
-    return {side: (batch[side].ids.shape[0], batch[side].ids.shape[1]) for side in ("source", "target")}
-
-
 def _check_gradients(
     rank: int, world_size: int, pipeline: dict[str, Any], changes: dict[str, Any], count: int, varying: bool
 ) -> list[float]:
@@ -78,7 +74,7 @@ def _check_gradients(
         parts = split_rows(packed_batch(step, varying=varying), parts=count)
         job = PipelineJob(
             batches=parts,
-            shapes=_shapes(parts[0]),
+            shapes=task.flow_shapes(parts[0]),
             dtype=torch.float32,
             scale=torch.tensor(0.5),
             before_forward=lambda index, step=step: _enter(context, step=step, index=index, rows=8 // count),  # type: ignore[misc]
@@ -98,7 +94,6 @@ def _check_gradients(
     if runner.has_last:
         torch.testing.assert_close(losses, expected_losses, rtol=1e-6, atol=0)
     return losses
-
 
 
 CASES = [

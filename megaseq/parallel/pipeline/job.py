@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 Shapes = Mapping[str, tuple[int, int]]
-"""(rows, tokens) of the activations of a micro-batch, by side: `source`, `target`."""
+"""(rows, tokens) of the activations of a micro-batch on this rank, by the name of the flow."""
 
 
 class LossSums(Protocol):

@@ -128,7 +128,7 @@ class PipelineRunner:
 
     def _receive(self, stage: Stage, *, shapes: Shapes, dtype: torch.dtype) -> tuple[Tensor, ...]:
         buffers = [
-            torch.empty((*shapes[flow.side], flow.width), dtype=dtype, device=self._device) for flow in stage.enters
+            torch.empty((*shapes[flow.name], flow.width), dtype=dtype, device=self._device) for flow in stage.enters
         ]
         for buffer in buffers:
             dist.recv(buffer, src=self._peer(stage.index - 1), group=self._group)

@@ -120,7 +120,7 @@ def _sendable(tensor: Tensor, *, dtype: torch.dtype) -> Tensor:
 
 
 def _meta(flow: Flow, *, shapes: Shapes, dtype: torch.dtype) -> Tensor:
-    return torch.empty((*shapes[flow.side], flow.width), device="meta", dtype=dtype, requires_grad=True)
+    return torch.empty((*shapes[flow.name], flow.width), device="meta", dtype=dtype, requires_grad=True)
 
 
 def _parameters_of(model: Any, *, stage: Stage) -> list[nn.Parameter]:
