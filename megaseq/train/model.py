@@ -8,6 +8,7 @@ import torch
 
 from megaseq.base.errors import ParamsError, must
 from megaseq.layers.base import StepContext, bind, initialize
+from megaseq.parallel.apply import apply
 from megaseq.parallel.layout import Parallel
 from megaseq.parallel.mesh import Mesh
 from megaseq.tasks.base import BaseTask
@@ -56,9 +57,10 @@ def build_task(
 
 def _divide(task: BaseTask, *, mesh: Mesh, parallel: Parallel.Params) -> None:
     """Divides parameters over tensor and expert ranks, and installs what their layers exchange."""
-    for axis in ("tensor", "expert", "context"):
+    for axis in ("expert", "context"):
         if mesh.size(axis) > 1:
             raise _not_yet(f"parallel.{axis}", mesh.size(axis))
+    apply(task, mesh=mesh, params=parallel)
 
 
 def _cut_stages(task: BaseTask, *, mesh: Mesh, parallel: Parallel.Params) -> None:
