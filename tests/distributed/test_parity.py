@@ -16,6 +16,15 @@ ROWS: list[Row] = [
     ("dp2-varying", {"data": 2}, 2, {"varying": True}),
     ("dp2-accumulation2", {"data": 2}, 2, {"accumulation": 2}),
     ("dp4", {"data": 4}, 4, {}),
+    ("dp2-zero1", {"data": 2, "zero.stage": 1}, 2, {}),
+    ("dp2-zero2", {"data": 2, "zero.stage": 2}, 2, {}),
+    ("dp2-zero3", {"data": 2, "zero.stage": 3}, 2, {}),
+    ("tp2", {"tensor": 2}, 2, {}),
+    ("tp2-sequence", {"tensor": 2, "sequence": True}, 2, {}),
+    ("tp2-sequence-varying", {"tensor": 2, "sequence": True}, 2, {"varying": True}),
+    ("tp4", {"tensor": 4}, 4, {}),
+    ("dp2-tp2", {"data": 2, "tensor": 2}, 4, {}),
+    ("dp2-tp2-sequence", {"data": 2, "tensor": 2, "sequence": True}, 4, {}),
 ]
 
 
