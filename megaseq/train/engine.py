@@ -141,7 +141,7 @@ class Engine:
     def _accumulate(self, part: MicroBatch, *, step: int, scale: Tensor, last: bool) -> LossOutput:
         self.place(part, step=step)
         with autocast(self.precision, device=self.device):
-            output = self.task.compute_loss(part.batch)
+            output = self.updater.compute_loss(part.batch)
         self.updater.backward(output.loss_sum * scale, first=part.index == 0, last=last)
         return dataclasses.replace(output, loss_sum=output.loss_sum.detach())
 

@@ -7,9 +7,11 @@ from typing import Protocol
 
 from torch import Tensor
 
+from megaseq.base import NestedMap
 from megaseq.checkpoint.piece import Piece
 from megaseq.learner import Learner
 from megaseq.learner.learner import UpdateStats
+from megaseq.tasks.base import LossOutput
 
 
 class Updater(Protocol):
@@ -17,6 +19,9 @@ class Updater(Protocol):
 
     learner: Learner
     """Its params, schedule, counts and skip statistics; what its tensors are is the updater's affair."""
+
+    def compute_loss(self, batch: NestedMap) -> LossOutput:
+        """Runs the task's forward pass; `backward` of its sum, scaled, is to follow."""
 
     def backward(self, loss: Tensor, *, first: bool, last: bool) -> None:
         """Adds the gradient of `loss` to those of the step.

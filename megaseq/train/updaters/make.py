@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from megaseq.base.errors import must
-from megaseq.learner import Learner
+from megaseq.learner import Adafactor, Learner
 from megaseq.parallel.layout import Parallel
 from megaseq.parallel.mesh import Mesh
 from megaseq.tasks.base import BaseTask
@@ -33,9 +33,33 @@ def make_updater(
             mesh=mesh,
             bucket_elements=parallel.zero.bucket_elements,
         )
-    raise must(
-        "parallel.zero.stage",
-        "be 0 in this version",
-        parallel.zero.stage,
-        "Set parallel.zero.stage=0",
-    )
+    _check_zero(learner_params, parallel=parallel)
+    from megaseq.train.updaters.zero import Zero
+
+    return Zero(task, learner_params=learner_params, precision=precision, mesh=mesh, parallel=parallel)
+
+
+def _check_zero(learner_params: Learner.Params, *, parallel: Parallel.Params) -> None:
+    """Refuses what cannot be done on flat shares."""
+    stage = parallel.zero.stage
+    if issubclass(learner_params.optimizer.cls, Adafactor):
+        raise must(
+            "learner.optimizer",
+            f"work on runs of elements with ZeRO stage {stage}",
+            "Adafactor",
+            "It needs whole matrices: set parallel.zero.stage=0, where its factored moments are small, or use AdamW",
+        )
+    if parallel.expert > 1:
+        raise must(
+            "parallel.zero.stage",
+            "be 0 where parallel.expert is above 1",
+            stage,
+            "Data-parallel ranks hold different experts: set parallel.zero.stage=0",
+        )
+    if stage == 1 and parallel.zero.overlap:
+        raise must(
+            "parallel.zero.overlap",
+            "be false with ZeRO stage 1",
+            True,
+            "Stage 1 reduces when all micro-batches are done: set parallel.zero.overlap=false or stage 2",
+        )

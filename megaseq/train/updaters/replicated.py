@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from megaseq.base import NestedMap
 from megaseq.checkpoint.piece import Piece, shard_pieces, whole_piece
 from megaseq.learner import Learner
 from megaseq.learner.learner import UpdateStats
@@ -21,7 +22,7 @@ from megaseq.parallel.gradients import (
 )
 from megaseq.parallel.mesh import Mesh
 from megaseq.parallel.spec import ParameterSpec, shard_of
-from megaseq.tasks.base import BaseTask
+from megaseq.tasks.base import BaseTask, LossOutput
 from megaseq.train.precision import MasterWeights, Precision
 
 PREFIX = "task."
@@ -62,6 +63,10 @@ class Replicated:
             counted=None if all(counted is None for counted in boxes.values()) else counted_views(boxes),
             known=names_of_all_stages(list(parameters), mesh=mesh),
         )
+
+    def compute_loss(self, batch: NestedMap) -> LossOutput:
+        """See `Updater.compute_loss`."""
+        return self._task.compute_loss(batch)
 
     def backward(self, loss: Tensor, *, first: bool, last: bool) -> None:
         """See `Updater.backward`."""

@@ -1,0 +1,64 @@
+"""The one place that imports DeepSpeed, and what must be set before it is used."""
+
+from __future__ import annotations
+
+import logging
+import os
+from types import ModuleType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed import HashStore  # type: ignore[attr-defined]
+
+from megaseq.base import optional
+from megaseq.parallel.layout import Layout
+from megaseq.parallel.mesh import Mesh
+from megaseq.parallel.mpu import ModelParallelUnit
+
+
+def load_deepspeed(device: torch.device) -> ModuleType:
+    """Imports DeepSpeed for a device; it compiles nothing, now or later, and says nothing but warnings.
+
+    Raises:
+        MissingPackageError: it is not installed.
+    """
+    if device.type == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    deepspeed = optional("deepspeed", needed_for="ZeRO (parallel.zero.stage of 1 to 3)")
+    # An all-reduce for inference on CPUs, which would be compiled at the first collective (70 to 150 s).
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    return deepspeed
+
+
+def start_deepspeed(
+    module: nn.Module,
+    *,
+    optimizer: torch.optim.Optimizer,
+    config: dict[str, Any],
+    mesh: Mesh | None,
+    device: torch.device,
+) -> Any:
+    """Returns DeepSpeed's engine around `module`; all ranks at the same time.
+
+    Args:
+        module: initialised, on `device`.
+        optimizer: of its parameters that train.
+        config: DeepSpeed's JSON.
+        mesh: None is one process, which gets a process group of its own.
+        device: of this process.
+    """
+    deepspeed = load_deepspeed(device)
+    if not dist.is_initialized():
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
+    if mesh is None:
+        mesh = Mesh(Layout(), rank=0)
+    os.environ.setdefault("LOCAL_RANK", str(device.index or 0))
+    deepspeed.comm.init_distributed(dist_init_required=False, verbose=False)
+    engine, *_ = deepspeed.initialize(
+        model=module, optimizer=optimizer, config=config, mpu=ModelParallelUnit(mesh), dist_init_required=False
+    )
+    return engine

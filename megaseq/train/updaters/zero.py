@@ -1,0 +1,305 @@
+"""The updater of ZeRO stages 1 to 3: DeepSpeed's engine shares and reduces, our learner updates flat fp32 shares."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from megaseq.base import NestedMap
+from megaseq.checkpoint.piece import Piece, whole_piece
+from megaseq.learner import Learner, ParameterGroup
+from megaseq.learner.clipping import global_norm
+from megaseq.learner.learner import UpdateStats
+from megaseq.parallel.gradients import all_reduce_sum, counted_boxes, names_of_all_stages
+from megaseq.parallel.layout import Parallel
+from megaseq.parallel.mesh import Mesh
+from megaseq.parallel.spec import ParameterSpec, shard_of
+from megaseq.tasks.base import BaseTask, LossOutput
+from megaseq.train.precision import Precision, low_precision_parameters
+from megaseq.train.updaters.deepspeed_config import deepspeed_config
+from megaseq.train.updaters.deepspeed_package import start_deepspeed
+from megaseq.train.updaters.gathered import gathered
+from megaseq.train.updaters.shares import Described, Fragment, fragments_of, shares_of
+
+PREFIX = "task."
+WORLD_AXES = ("data", "pipe", "context", "tensor")
+
+
+class LossModule(nn.Module):
+    """What DeepSpeed's engine calls: the loss of a task."""
+
+    def __init__(self, task: BaseTask) -> None:
+        super().__init__()
+        self.task = task
+        self.output: LossOutput | None = None
+        """Of the last forward pass."""
+
+    def forward(self, batch: NestedMap) -> Tensor:
+        """Returns the sum that is differentiated."""
+        self.output = self.task.compute_loss(batch)
+        return self.output.loss_sum
+
+
+class ShareOptimizer(torch.optim.Optimizer):
+    """What DeepSpeed takes for an optimizer: it passes every share that is to be updated on."""
+
+    def __init__(self, groups: Sequence[ParameterGroup], *, update: Callable[[Tensor], None]) -> None:
+        """Takes the groups, of whose parameters DeepSpeed makes the shares, and what is called with a share."""
+        super().__init__([{"params": list(group.tensors)} for group in groups], {"lr": 0.0})
+        self._update = update
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """Updates the shares that DeepSpeed has put into `param_groups`."""
+        for group in self.param_groups:
+            for share in group["params"]:
+                self._update(share)
+
+
+class Zero:
+    """Drives DeepSpeed's engine; its optimizer asks back for the norm and for the update of each share."""
+
+    def __init__(
+        self,
+        task: BaseTask,
+        *,
+        learner_params: Learner.Params,
+        precision: Precision,
+        mesh: Mesh | None,
+        parallel: Parallel.Params,
+    ) -> None:
+        """Hands the parameters over to DeepSpeed and makes the learner's state for this rank's shares.
+
+        Args:
+            task: initialised, on its device.
+            learner_params: of the run.
+            precision: of the weights that the task computes with.
+            mesh: None is one process.
+            parallel: of the run.
+
+        Raises:
+            MissingPackageError: DeepSpeed is not installed.
+        """
+        self._task = task
+        self._mesh = mesh
+        self._stage = parallel.zero.stage
+        self._device = next(task.parameters()).device
+        parameters = {f"{PREFIX}{name}": parameter for name, parameter in task.named_parameters()}
+        described = {id(value): _describe(name, value) for name, value in parameters.items()}
+        self._boxes = counted_boxes(parameters, mesh=mesh)
+        self.learner: Learner = learner_params.instantiate(
+            named_parameters=parameters, deferred=True, known=names_of_all_stages(list(parameters), mesh=mesh)
+        )
+        exact = self._lower(task, precision=precision)
+        self._frozen = {name: parameters[name] for name in self.learner.frozen}
+        for parameter in self._frozen.values():
+            parameter.requires_grad_(False)
+        self._module = LossModule(task)
+        groups = _by_dtype(self.learner.assignment.groups)
+        optimizer = ShareOptimizer(groups, update=self._update_share)
+        config = deepspeed_config(parallel)
+        self.engine: Any = start_deepspeed(
+            self._module, optimizer=optimizer, config=config, mesh=mesh, device=self._device
+        )
+        self._zero: Any = self.engine.optimizer
+        self._shares = shares_of(self._zero, stage=self._stage)
+        self._index = {id(share): index for index, share in enumerate(self._shares)}
+        self._fragments = fragments_of(self._zero, stage=self._stage, described=described)
+        self.learner.take_shares(self._share_groups(groups))
+        self._data_ranks = mesh.size("data", "context") if mesh is not None else 1
+        self._norm_group = mesh.group(*WORLD_AXES) if mesh is not None else None
+        self._step = 0
+        self._stats: UpdateStats | None = None
+        # DeepSpeed's norm counts, rounds and treats what is not finite in its own way.
+        setattr(self._zero, "scaled_global_norm" if self._stage < 3 else "_get_norm_groups", self._decide)
+        if exact:
+            self._restore_exact(exact)
+
+    def _lower(self, task: BaseTask, *, precision: Precision) -> dict[str, Tensor]:
+        """Rounds the weights to bf16 where the precision says so; returns the exact values on the host."""
+        if precision != "bf16":
+            return {}
+        exact: dict[str, Tensor] = {}
+        for name, parameter in low_precision_parameters(task).items():
+            exact[f"{PREFIX}{name}"] = parameter.detach().to("cpu", copy=True)
+            parameter.data = parameter.data.to(torch.bfloat16)
+        return exact
+
+    def _restore_exact(self, exact: Mapping[str, Tensor]) -> None:
+        """Undoes in the shares what rounding the weights did to the first values."""
+        with torch.no_grad():
+            for share, row in zip(self._shares, self._fragments, strict=True):
+                for fragment in row:
+                    values = exact.get(fragment.parameter.name)
+                    if values is not None:
+                        run = values.flatten()[fragment.first : fragment.first + fragment.length]
+                        fragment.of(share.detach()).copy_(run)
+        if self.learner.ema is not None:
+            self.learner.ema.restart()
+
+    def _share_groups(self, groups: Sequence[ParameterGroup]) -> list[ParameterGroup]:
+        """Returns a group of the learner for each share: all that is in one share is treated alike."""
+        treated = {name: group for group in groups for name in group.names}
+        found = []
+        for index, (share, row) in enumerate(zip(self._shares, self._fragments, strict=True)):
+            # This rank's part of a group may be padding alone; stages 1 and 2 have a share for each group.
+            source = treated[row[0].parameter.name] if row else groups[index]
+            found.append(
+                ParameterGroup(
+                    names=(str(index),),
+                    tensors=(share.detach(),),
+                    weight_decay=source.weight_decay,
+                    learning_rate_scale=source.learning_rate_scale,
+                )
+            )
+        return found
+
+    # ---- a step --------------------------------------------------------------------------------------------------
+
+    def compute_loss(self, batch: NestedMap) -> LossOutput:
+        """See `Updater.compute_loss`."""
+        loss_sum = self.engine(batch)
+        output = self._module.output
+        assert output is not None
+        self._module.output = None
+        # Stage 3 hangs what must happen before the backward pass on the module's result.
+        return dataclasses.replace(output, loss_sum=loss_sum)
+
+    def backward(self, loss: Tensor, *, first: bool, last: bool) -> None:
+        """See `Updater.backward`."""
+        self.engine.backward(loss, scale_wrt_gas=False)
+
+    def update(self, *, step: int) -> UpdateStats:
+        """See `Updater.update`."""
+        self._step = step
+        self.engine.step()
+        stats = self._stats
+        if stats is None or stats.step != step:
+            raise RuntimeError("DeepSpeed's optimizer has not asked for the norm of the gradient")
+        if not stats.skipped:
+            self.learner.average()
+        return stats
+
+    def _decide(self, *_: Any) -> Any:
+        """Decides on the update from the true norm; DeepSpeed is told one that changes nothing."""
+        # DeepSpeed has averaged over data-parallel ranks what is to be summed.
+        squares = global_norm(list(self._counted_gradients()), reduce=self._sum_over_ranks, device=self._device)
+        self._stats = self.learner.decide(step=self._step, norm=squares * self._data_ranks)
+        nothing = torch.zeros(())
+        return nothing if self._stage < 3 else [nothing]
+
+    def _sum_over_ranks(self, squared: Tensor) -> Tensor:
+        return all_reduce_sum(squared.to(self._device), group=self._norm_group)
+
+    def _counted_gradients(self) -> Iterator[Tensor]:
+        for index, row in enumerate(self._fragments):
+            for fragment, gradient in zip(row, self._gradients(index, row), strict=True):
+                yield from fragment.counted(gradient, boxes=self._boxes[fragment.parameter.name])
+
+    def _gradients(self, index: int, row: Sequence[Fragment]) -> list[Tensor]:
+        """Returns the gradient [length] of each fragment of a share, before DeepSpeed flattens them."""
+        flat = self._shares[index].grad
+        if flat is None:
+            listed = self._zero.averaged_gradients[index]
+            flat = getattr(listed, "flat_partition", None)
+        if flat is not None:
+            return [fragment.of(flat) for fragment in row]
+        return [
+            gradient.reshape(-1)[: fragment.length] for fragment, gradient in zip(row, listed[: len(row)], strict=True)
+        ]
+
+    def _update_share(self, share: Tensor) -> None:
+        """Called by DeepSpeed for each share, with its gradient in place."""
+        stats = self._stats
+        if stats is None or stats.skipped:
+            return
+        assert share.grad is not None
+        self.learner.apply(
+            stats, group=self._index[id(share)], gradients=(share.grad,), gradient_scale=float(self._data_ranks)
+        )
+
+    # ---- between the steps ---------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def evaluating(self, *, averaged: bool) -> Iterator[None]:
+        """See `Updater.evaluating`."""
+        with self.learner.averages(on_change=self.publish) if averaged else contextlib.nullcontext():
+            if self._stage < 3:
+                yield
+            else:
+                with gathered(self._module, optimizer=self._zero):
+                    yield
+
+    def publish(self) -> None:
+        """See `Updater.publish`."""
+        zero = self._zero
+        if self._stage < 3:
+            zero.update_lp_params()
+            return
+        for index in range(len(zero.fp16_groups)):
+            zero._reassign_or_swap_out_partitioned_parameters(index)
+        if zero.persistent_parameters:
+            zero.persistent_parameters[0].all_gather(zero.persistent_parameters)
+
+    def parameter_pieces(self) -> list[Piece]:
+        """See `Updater.parameter_pieces`."""
+        found = self._pieces_in(self._shares)
+        for name, parameter in self._frozen.items():
+            found.append(whole_piece(name, parameter.detach()))
+        names = {name for name, _ in self._task.named_parameters()}
+        for name, tensor in self._task.state_dict(keep_vars=True).items():
+            if name not in names:
+                found.append(whole_piece(f"{PREFIX}{name}", tensor.detach()))
+        return found
+
+    def pieces(self) -> list[Piece]:
+        """See `Updater.pieces`."""
+        found = self.parameter_pieces()
+        by_slot: dict[str, list[Tensor | None]] = {}
+        for name, tensor in self.learner.state_tensors().items():
+            slot, _, index = name.rpartition(".")
+            by_slot.setdefault(slot, [None] * len(self._shares))[int(index)] = tensor
+        for slot, flats in by_slot.items():
+            found += self._pieces_in([flat for flat in flats if flat is not None], prefix=f"{slot}.")
+        return found
+
+    def _pieces_in(self, flats: Sequence[Tensor], *, prefix: str = "") -> list[Piece]:
+        return [
+            piece
+            for flat, row in zip(flats, self._fragments, strict=True)
+            for fragment in row
+            for piece in fragment.pieces(f"{prefix}{fragment.parameter.name}", flat=flat.detach())
+        ]
+
+
+def _by_dtype(groups: Sequence[ParameterGroup]) -> list[ParameterGroup]:
+    """Splits groups so that each can be one flat tensor."""
+    return [
+        ParameterGroup(
+            names=tuple(name for name, tensor in _named(group) if tensor.dtype == dtype),
+            tensors=tuple(tensor for tensor in group.tensors if tensor.dtype == dtype),
+            weight_decay=group.weight_decay,
+            learning_rate_scale=group.learning_rate_scale,
+        )
+        for group in groups
+        for dtype in dict.fromkeys(tensor.dtype for tensor in group.tensors)
+    ]
+
+
+def _named(group: ParameterGroup) -> Iterator[tuple[str, Tensor]]:
+    return zip(group.names, group.tensors, strict=True)
+
+
+def _describe(name: str, parameter: Tensor) -> Described:
+    spec: ParameterSpec | None = getattr(parameter, "spec", None)
+    local = tuple(parameter.shape)
+    return Described(
+        name=name,
+        shard=shard_of(parameter),
+        global_shape=local if spec is None else spec.shape,
+        local_shape=local,
+    )
