@@ -17,21 +17,51 @@ The state is a NestedMap:
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import Protocol
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from megaseq.base import NestedMap
 from megaseq.base.errors import must
 from megaseq.kernels.attention import AttentionMask
 from megaseq.layers.attention import SelfAttention
+from megaseq.layers.norm import Norm
+from megaseq.layers.positions import Positions
+from megaseq.layers.relative import PositionBias
 from megaseq.layers.rotary import Rotation, RotationKey
-from megaseq.layers.transformer import Decoder, TransformerLayer
+from megaseq.layers.transformer import TransformerLayer
+
+
+class StepStack(Protocol):
+    """A decoder, or a run of its layers, as far as it is read here."""
+
+    @property
+    def layers(self) -> Iterable[nn.Module]:
+        """Transformer layers, in order."""
+
+    @property
+    def positions(self) -> Positions | None:
+        """Absolute positions that embeddings get; None: none, or `x` has them."""
+
+    @property
+    def input_norm(self) -> Norm | None:
+        """Norm of the embeddings."""
+
+    @property
+    def position_bias(self) -> PositionBias | None:
+        """Bias that all layers share."""
+
+    def finish(self, x: Tensor) -> Tensor:
+        """Returns the output of the stream after the last layer."""
+
 
 INITIAL_CAPACITY = 32
 """Tokens that the first buffer has room for; it doubles when full."""
 
 
-def prefill(decoder: Decoder, *, memory: NestedMap) -> NestedMap:
+def prefill(decoder: StepStack, *, memory: NestedMap) -> NestedMap:
     """Returns the state before the first step, with one hypothesis a source.
 
     Args:
@@ -61,7 +91,7 @@ def prefill(decoder: Decoder, *, memory: NestedMap) -> NestedMap:
     return state
 
 
-def step(decoder: Decoder, *, state: NestedMap, x: Tensor, need_attention: bool = False) -> tuple[Tensor, NestedMap]:
+def step(decoder: StepStack, *, state: NestedMap, x: Tensor, need_attention: bool = False) -> tuple[Tensor, NestedMap]:
     """Runs one token of every hypothesis through the decoder.
 
     Args:
@@ -178,7 +208,7 @@ def _reorder(state: NestedMap, *, rows: Tensor, before: int) -> None:
     state.cache, state.spare = spare, state.cache
 
 
-def _reserve(decoder: Decoder, *, state: NestedMap) -> None:
+def _reserve(decoder: StepStack, *, state: NestedMap) -> None:
     """Makes room for one more token in the cache and in the remembered biases."""
     rows, length, width = state.num_sources * state.num_hypotheses, state.length, state.width
     if state.cache.numel() < (length + 1) * rows * width:
@@ -190,7 +220,7 @@ def _reserve(decoder: Decoder, *, state: NestedMap) -> None:
         _remember_biases(decoder, state=state, capacity=2 * capacity)
 
 
-def _remember_biases(decoder: Decoder, *, state: NestedMap, capacity: int) -> None:
+def _remember_biases(decoder: StepStack, *, state: NestedMap, capacity: int) -> None:
     """Computes each layer's position bias of a token on the `capacity` tokens up to itself."""
     like = state.cache
     shared: Tensor | None = None
@@ -208,6 +238,6 @@ def _mask(segment_ids: Tensor | None) -> AttentionMask | None:
     return None if segment_ids is None else AttentionMask(key_segment_ids=segment_ids.clamp(max=1))
 
 
-def _layers(decoder: Decoder) -> list[TransformerLayer]:
+def _layers(decoder: StepStack) -> list[TransformerLayer]:
     """Returns the decoder's layers, typed."""
     return list(decoder.layers)  # type: ignore[arg-type]

@@ -100,7 +100,22 @@ def make_plan(units: Sequence[Unit], *, params: Pipeline.Params, ranks: int, tar
         )
         for index, (start, stop) in enumerate(itertools.pairwise(bounds))
     )
-    return StagePlan(stages=stages, ranks=ranks, schedule=params.schedule)
+    plan = StagePlan(stages=stages, ranks=ranks, schedule=params.schedule)
+    _check_ranks(plan)
+    return plan
+
+
+def _check_ranks(plan: StagePlan) -> None:
+    """Refuses ranks without a parameter: the learner has nothing to do there, and checkpoints nothing to write."""
+    for rank in range(plan.ranks):
+        if not plan.tensors_of(rank):
+            units = [unit.name for stage in plan.of_rank(rank) for unit in stage.units]
+            raise must(
+                "parallel.pipe",
+                "give every rank a unit with parameters",
+                AsText(f"{plan.ranks}, and pipe rank {rank} has only {', '.join(units)}"),
+                "Lower parallel.pipe, or set parallel.pipeline.split",
+            )
 
 
 def _rank_of(stage: int, *, ranks: int, v: bool) -> int:

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.pipelining import (
     Schedule1F1B,
@@ -17,7 +16,8 @@ from torch.distributed.pipelining import (
 
 from megaseq.parallel.mesh import Mesh
 from megaseq.parallel.pipeline.job import PipelineJob, Shapes
-from megaseq.parallel.pipeline.plan import Stage, StagePlan
+from megaseq.parallel.pipeline.links import Links, in_order
+from megaseq.parallel.pipeline.plan import StagePlan
 from megaseq.parallel.pipeline.stage import ScheduledStage, StageModule, make_scheduled_stage
 from megaseq.parallel.spec import Pipelined
 
@@ -39,17 +39,10 @@ class PipelineRunner:
         """
         self.plan = plan
         self._device = device
-        self._rank = mesh.index("pipe")
-        self._group = mesh.group("pipe")
-        self._global_ranks = mesh.ranks("pipe")
-        self.modules = [StageModule(model, stage=stage) for stage in plan.of_rank(self._rank)]
+        self.links = Links(plan=plan, mesh=mesh, device=device)
+        self.modules = [StageModule(model, stage=stage) for stage in plan.of_rank(mesh.index("pipe"))]
         self._key: object = None
         self._schedule: Any = None
-
-    @property
-    def last_rank(self) -> int:
-        """Global rank of the process that has the last stage."""
-        return self._global_ranks[self.plan.stages[-1].rank]
 
     @property
     def has_last(self) -> bool:
@@ -84,7 +77,7 @@ class PipelineRunner:
                     shapes=shapes,
                     dtype=dtype,
                     device=self._device,
-                    group=self._group,
+                    group=self.links.group,
                 )
                 for module in self.modules
             ]
@@ -105,40 +98,22 @@ class PipelineRunner:
             What the last stage made of each, on the rank that has it; elsewhere nothing.
         """
         outputs: list[Any] = []
-        sent: list[tuple[dist.Work | None, Tensor]] = []
+        links = self.links
         for batch, shape in zip(batches, shapes, strict=True):
-            local: tuple[Tensor, ...] = ()
+            received: tuple[Tensor, ...] = ()
             for module in self.modules:
                 stage = module.stage
-                received = local
-                if stage.index and not self._is_here(stage.index - 1):
-                    received = self._receive(stage, shapes=shape, dtype=dtype)
+                if stage.index and not links.is_here(stage.index - 1):
+                    received = links.receive(stage.enters, shapes=shape, dtype=dtype, stage=stage.index - 1)
                 left = module.run(received, batch=batch)
                 if stage.is_last:
                     outputs.append(module.output(left, batch=batch))
                     continue
-                local = tuple(left[flow.name].to(dtype).contiguous() for flow in stage.leaves)
-                if not self._is_here(stage.index + 1):
-                    peer = self._peer(stage.index + 1)
-                    sent += [(dist.isend(tensor, dst=peer, group=self._group), tensor) for tensor in local]
-        for work, _ in sent:
-            if work is not None:
-                work.wait()
+                received = in_order(left, flows=stage.leaves, dtype=dtype)
+                if not links.is_here(stage.index + 1):
+                    links.send(received, stage=stage.index + 1)
+        links.wait()
         return outputs
-
-    def _receive(self, stage: Stage, *, shapes: Shapes, dtype: torch.dtype) -> tuple[Tensor, ...]:
-        buffers = [
-            torch.empty((*shapes[flow.name], flow.width), dtype=dtype, device=self._device) for flow in stage.enters
-        ]
-        for buffer in buffers:
-            dist.recv(buffer, src=self._peer(stage.index - 1), group=self._group)
-        return tuple(buffers)
-
-    def _peer(self, stage: int) -> int:
-        return self._global_ranks[self.plan.stages[stage].rank]
-
-    def _is_here(self, stage: int) -> bool:
-        return self.plan.stages[stage].rank == self._rank
 
 
 def _loss_itself(output: Tensor, target: Tensor) -> Tensor:
