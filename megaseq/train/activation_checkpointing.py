@@ -84,7 +84,9 @@ def checkpoint_activations(
             for attention in layer.modules():
                 if isinstance(attention, Attention):
                     attend = _recomputed(attention.attend, layer=attention)
-                    _replace(attention, "attend", torch.compiler.disable(attend) if compiled else attend)
+                    if compiled:
+                        attend = torch.compiler.disable(attend)  # type: ignore[no-untyped-call]
+                    _replace(attention, "attend", attend)
     return modes
 
 

@@ -31,4 +31,4 @@ def compile_layers(module: nn.Module) -> int:
 def _keep_whole(part: Layer) -> None:
     names = ["drop", "drop_add"] + (["attend"] if isinstance(part, Attention) else [])
     for name in names:
-        object.__setattr__(part, name, torch.compiler.disable(getattr(part, name)))
+        object.__setattr__(part, name, torch.compiler.disable(getattr(part, name)))  # type: ignore[no-untyped-call]
