@@ -39,6 +39,8 @@ def run(arguments: argparse.Namespace) -> int:
     from megaseq.parallel.place import find_place
 
     place = find_place(os.environ)
+    # Else torch tells of each lost connection in a page of C++ addresses; it reads this when it is imported.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     if place.world_size == 1 or place.launcher == "slurm":
         params = _params(arguments)
         from megaseq.parallel.spawn import batch_of, spawn

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import faulthandler
 import os
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator
 
 HANG_CODE = 3
@@ -18,8 +18,8 @@ class Watchdog:
     """Two threads beside the main one: one that looks at the clock, one that asks whether another rank has failed.
 
     The main thread says how far it is with `beat`; where it says nothing for `timeout_seconds`, which a collective
-    that waits for a rank that is gone or lost its way looks like, the stack of every thread is written to stderr and
-    the process ends. The second thread is one of its own because what it asks may hang as well.
+    that waits for a rank that is gone or lost its way looks like, its stack is written to stderr and the process
+    ends. The second thread is one of its own because what it asks may hang as well.
     """
 
     def __init__(self, *, rank: int, timeout_seconds: float, poll_seconds: float = 0.5) -> None:
@@ -71,15 +71,13 @@ class Watchdog:
         self._stopped.set()
 
     def report(self) -> str:
-        """Writes where this rank stands, with the stack of every thread, to stderr; returns the first line."""
+        """Writes where this rank stands, with the stack of its main thread, to stderr; returns the first line."""
         still = time.monotonic() - self._last
-        line = f"rank {self.rank} has stood still for {still:.0f} s after step {self._step} ({self._doing})"
-        stream = sys.__stderr__
-        if stream is not None:
-            stream.write(f"megaseq: {line}; the stack of its threads:\n")
-            stream.flush()
-            faulthandler.dump_traceback(file=stream, all_threads=True)
-            stream.flush()
+        line = f"rank {self.rank} has stood still for {still:.0f} s after step {self._step}: {self._doing}"
+        frame = sys._current_frames().get(threading.main_thread().ident or 0)
+        stack = "".join(traceback.format_stack(frame)) if frame is not None else ""
+        # One write, so that the reports of several ranks are not mixed.
+        print(f"megaseq: {line}\n{stack}", file=sys.__stderr__, end="", flush=True)
         return line
 
     def _watch_clock(self, tell: Callable[[str], object]) -> None:

@@ -289,13 +289,14 @@ class Trainer:
             batches = itertools.chain([first], batches)
             self._end_set_up()
         while not self._agreement.signal:
-            self.team.watchdog.beat(step=self._step, doing="training")
+            self.team.watchdog.beat(step=self._step, doing="training step")
             begin = time.perf_counter()
             batch: NestedMap = next(batches)
             fetched = time.perf_counter()
             self._agreement.begin_step(cells(batch))
             result = self.engine.train_step(batch, step=self._step)
             self._step += 1
+            self.team.watchdog.beat(step=self._step, doing="deciding whether to go on")
             time_is_up, counts = self._agreement.end_step()
             self._meter.add(result, cells=counts, seconds=time.perf_counter() - begin, wait_seconds=fetched - begin)
             if result.skipped:
@@ -303,6 +304,7 @@ class Trainer:
                     f"step {self._step}: skipped, its gradient norm {result.grad_norm:g} is {result.skipped}"
                 )
             self._callback.on_progress(step=self._step)
+            self.team.watchdog.beat(doing="after the step")
             reason = self._reason_to_end(time_is_up=time_is_up)
             if reason or self._step % self.params.train.log_interval_steps == 0:
                 self._log(learning_rate=result.learning_rate)
@@ -378,8 +380,6 @@ class Trainer:
 
     def _save(self, *, metrics: dict[str, float]) -> None:
         self.team.watchdog.beat(doing="saving")
-        if not self.team.is_first:
-            return
         self._saver.save(
             Position(
                 step=self._step,
