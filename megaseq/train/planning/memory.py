@@ -153,9 +153,7 @@ class MemoryModel:
             return dataclasses.replace(state, activations=activations)
         # One micro-batch: gradients come while activations go.
         both = max(peak + waiting + links + extra, state.gradients)
-        return dataclasses.replace(
-            state, gradients=min(state.gradients, both), activations=max(0, both - state.gradients)
-        )
+        return dataclasses.replace(state, activations=both - state.gradients)
 
     def _walk(
         self,

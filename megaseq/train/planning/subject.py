@@ -1,4 +1,4 @@
-"""What is planned: a run's model, batch and learner as numbers, read from its params without data and without memory."""
+"""What is planned: a run's model, batch and learner as numbers, read from its params alone."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from megaseq.base.errors import AsText, must
 from megaseq.data.packing import Packing
 from megaseq.layers.attention import Attention
 from megaseq.parallel.refusals import ModelFacts
-from megaseq.parallel.spec import ParameterSpec, Unit
+from megaseq.parallel.spec import ParameterSpec
 from megaseq.tasks.base import BaseTask
 from megaseq.train.activation_checkpointing import ActivationCheckpointing, Mode
 from megaseq.train.experiment import Run
 from megaseq.train.model_facts import model_facts
 from megaseq.train.planning.memory import MemoryModel, Numbers, Weight
-from megaseq.train.planning.trace import ModelTrace, Shape, UnitTrace, meta_task
+from megaseq.train.planning.trace import ModelTrace, Shape, UnitTrace, meta_task, units_of
 from megaseq.train.precision import low_precision_parameters
 
 
@@ -69,7 +69,7 @@ class Subject:
         self.task = sized_task(params)
         self.batch = _batch(params)
         built = meta_task(self.task)
-        self.units: tuple[Unit, ...] = built.units()  # type: ignore[attr-defined]
+        self.units = units_of(built)
         low = low_precision_parameters(built)
         self.weights = {name: _weight(value, low=name in low) for name, value in built.named_parameters()}
         self.facts: ModelFacts = dataclasses.replace(model_facts(params), num_units=len(self.units))
@@ -121,9 +121,8 @@ def _state_bytes(params: Run.Params) -> float:
     probe = torch.nn.Parameter(torch.zeros(256, 256))
     plain = params.learner.replace(rules=(), freeze_patterns=(), train_only_patterns=())
     learner = plain.instantiate(named_parameters={"task.probe": probe})
-    return float(
-        sum(tensor.numel() * tensor.element_size() for tensor in learner.state_tensors().values()) / probe.numel()
-    )
+    kept = sum(tensor.numel() * tensor.element_size() for tensor in learner.state_tensors().values())
+    return float(kept / probe.numel())
 
 
 def _attention_width(task: BaseTask.Params) -> int:
