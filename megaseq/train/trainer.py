@@ -148,6 +148,7 @@ class Trainer:
                 data_ranks=spread.data_ranks,
             )
         self.team.meet("training data")
+        self.team.watchdog.beat(doing="building the model")
         self.engine = Engine(
             parts.task_params(p, vocabulary=self.vocabulary),
             learner_params=p.learner,
@@ -210,6 +211,7 @@ class Trainer:
     # ---- the loop ------------------------------------------------------------------------------------------------
 
     def _finish_or_resume(self) -> str:
+        self.team.watchdog.beat(doing="restoring")
         position = self._saver.restore(message=self._callback.on_message)
         loaded = ""
         if position is not None:
@@ -370,6 +372,7 @@ class Trainer:
         decodes = decodes and not any(name.startswith("decode/") for name in before)
         if not (evaluates or decodes):
             return figures
+        self.team.watchdog.beat(doing="evaluating")
         with self.engine.evaluating() as task:
             if evaluates:
                 figures |= self._validation.evaluate(task, step=step)
