@@ -38,24 +38,26 @@ def reference_attention(
         [B, T, N, H] in the dtype of `query`; zeros where a query sees nothing.
     """
     precise = torch.promote_types(query.dtype, torch.float32)
-    repeats = query.shape[2] // key.shape[2]
-    queries = query.transpose(1, 2).to(precise) * scale
-    keys = key.transpose(1, 2).to(precise)
-    values = value.transpose(1, 2).to(precise)
-    if repeats > 1:
-        keys = keys.repeat_interleave(repeats, dim=1)
-        values = values.repeat_interleave(repeats, dim=1)
-    scores = queries @ keys.transpose(-1, -2)
-    if soft_cap is not None:
-        scores = soft_cap * torch.tanh(scores / soft_cap)
-    if bias is not None:
-        scores = scores + bias.to(precise)
-    if allowed is None:
-        weights = scores.softmax(dim=-1)
-    else:
-        # A finite floor instead of minus infinity: a row that sees nothing stays finite, and its weights become zero.
-        hidden = ~allowed
-        weights = scores.masked_fill(hidden, torch.finfo(precise).min).softmax(dim=-1).masked_fill(hidden, 0.0)
-    if dropout_mask is not None:
-        weights = dropout(weights, rate=dropout_mask.rate, key=dropout_mask.key, offset=dropout_mask.offset)
-    return (weights @ values).transpose(1, 2).to(query.dtype)
+    # Autocast would make the products of scores and values less precise than the docstring says.
+    with torch.autocast(query.device.type, enabled=False):
+        repeats = query.shape[2] // key.shape[2]
+        queries = query.transpose(1, 2).to(precise) * scale
+        keys = key.transpose(1, 2).to(precise)
+        values = value.transpose(1, 2).to(precise)
+        if repeats > 1:
+            keys = keys.repeat_interleave(repeats, dim=1)
+            values = values.repeat_interleave(repeats, dim=1)
+        scores = queries @ keys.transpose(-1, -2)
+        if soft_cap is not None:
+            scores = soft_cap * torch.tanh(scores / soft_cap)
+        if bias is not None:
+            scores = scores + bias.to(precise)
+        if allowed is None:
+            weights = scores.softmax(dim=-1)
+        else:
+            # A finite floor instead of minus infinity: a row that sees nothing stays finite, and its weights become zero.
+            hidden = ~allowed
+            weights = scores.masked_fill(hidden, torch.finfo(precise).min).softmax(dim=-1).masked_fill(hidden, 0.0)
+        if dropout_mask is not None:
+            weights = dropout(weights, rate=dropout_mask.rate, key=dropout_mask.key, offset=dropout_mask.offset)
+        return (weights @ values).transpose(1, 2).to(query.dtype)
