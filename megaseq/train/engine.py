@@ -22,6 +22,7 @@ from megaseq.train.activation_checkpointing import ActivationCheckpointing, chec
 from megaseq.train.compiled_layers import compile_layers
 from megaseq.train.device import move
 from megaseq.train.model import build_task
+from megaseq.train.pipelined import PipelinedTask
 from megaseq.train.precision import autocast, resolve_precision
 from megaseq.train.rows import MicroBatch, micro_batches, split_rows
 from megaseq.train.updaters import Updater, make_updater
@@ -96,6 +97,18 @@ class Engine:
             parallel=self.parallel,
         )
         self._accumulation = accumulation
+        self.pipeline: PipelinedTask | None = None
+        """Where the model is cut into stages of several ranks."""
+        if built.plan is not None and mesh is not None:
+            self.pipeline = PipelinedTask(
+                self.task,
+                plan=built.plan,
+                mesh=mesh,
+                parallel=self.parallel,
+                precision=self.precision,
+                accumulation=accumulation,
+                device=self.device,
+            )
         self._data_group = mesh.group("data") if mesh is not None else None
         self._loss_group = mesh.group("data", "context") if mesh is not None else None
 
@@ -114,8 +127,7 @@ class Engine:
         batch = self.to_device(batch)
         weight = all_reduce_sum(self.task.loss_weight(batch), group=self._data_group)
         scale = 1.0 / weight.clamp_min(1e-8)
-        parts = self.micro_batches(batch)
-        outputs = [self._accumulate(part, step=step, scale=scale, last=part is parts[-1]) for part in parts]
+        outputs = self._differentiate(batch, step=step, scale=scale)
         update = self.updater.update(step=step)
         sums = self._read(outputs)
         loss_sum, loss_weight = sums.pop("loss")
@@ -127,6 +139,16 @@ class Engine:
             learning_rate=update.learning_rate,
             skipped=update.skipped,
         )
+
+    def _differentiate(self, batch: NestedMap, *, step: int, scale: Tensor) -> list[LossOutput]:
+        """Leaves the gradients of `batch` with the updater; returns the loss of each micro-batch, or of all."""
+        if self.pipeline is not None:
+            sums = self.pipeline.accumulate(
+                batch, scale=scale, place=lambda part: self.place(part, step=step), updater=self.updater
+            )
+            return [sums]
+        parts = self.micro_batches(batch)
+        return [self._accumulate(part, step=step, scale=scale, last=part is parts[-1]) for part in parts]
 
     def micro_batches(self, batch: NestedMap, *, parts: int = 0) -> list[MicroBatch]:
         """Splits this data rank's rows into `parts` micro-batches (0: `accumulation`), with their global numbers."""

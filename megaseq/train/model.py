@@ -11,6 +11,8 @@ from megaseq.layers.base import StepContext, bind, initialize
 from megaseq.parallel.apply import apply
 from megaseq.parallel.layout import Parallel
 from megaseq.parallel.mesh import Mesh
+from megaseq.parallel.pipeline import StagePlan, keep_tensors, make_plan
+from megaseq.parallel.spec import Pipelined
 from megaseq.tasks.base import BaseTask
 
 
@@ -21,6 +23,8 @@ class BuiltTask:
     task: BaseTask
     context: StepContext
     """Of all its layers; the engine moves it on."""
+    plan: StagePlan | None = None
+    """Of a pipeline's stages; None: the model is in one piece."""
 
 
 def build_task(
@@ -47,12 +51,13 @@ def build_task(
         ParamsError: the task cannot be divided so.
     """
     task: BaseTask = params.instantiate()
+    plan: StagePlan | None = None
     if mesh is not None and parallel is not None:
         _divide(task, mesh=mesh, parallel=parallel)
-        _cut_stages(task, mesh=mesh, parallel=parallel)
+        plan = _cut_stages(task, mesh=mesh, parallel=parallel)
     task.to(device)
     initialize(task, seed=seed, prefix="task")
-    return BuiltTask(task=task, context=bind(task, seed=seed, prefix="task"))
+    return BuiltTask(task=task, context=bind(task, seed=seed, prefix="task"), plan=plan)
 
 
 def _divide(task: BaseTask, *, mesh: Mesh, parallel: Parallel.Params) -> None:
@@ -63,10 +68,16 @@ def _divide(task: BaseTask, *, mesh: Mesh, parallel: Parallel.Params) -> None:
     apply(task, mesh=mesh, params=parallel)
 
 
-def _cut_stages(task: BaseTask, *, mesh: Mesh, parallel: Parallel.Params) -> None:
+def _cut_stages(task: BaseTask, *, mesh: Mesh, parallel: Parallel.Params) -> StagePlan | None:
     """Leaves of the task what this rank's pipeline stages hold; parameters keep the names of the whole model."""
-    if mesh.size("pipe") > 1:
-        raise _not_yet("parallel.pipe", mesh.size("pipe"))
+    if mesh.size("pipe") == 1:
+        return None
+    if parallel.zero.stage:
+        raise must("parallel.zero.stage", "be 0 with parallel.pipe", parallel.zero.stage, "Set parallel.zero.stage=0")
+    units = task.units() if isinstance(task, Pipelined) else ()
+    plan = make_plan(units, params=parallel.pipeline, ranks=mesh.size("pipe"))
+    keep_tensors(task, names=plan.tensors_of(mesh.index("pipe")))
+    return plan
 
 
 def _not_yet(path: str, value: int) -> ParamsError:

@@ -6,6 +6,8 @@ import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import torch
+
 from megaseq.base import NestedMap
 
 
@@ -48,6 +50,22 @@ def micro_batches(batch: NestedMap, *, parts: int, data_rank: int = 0, data_rank
             zip(split_rows(batch, parts=parts), _bounds(batch, parts=parts), strict=True)
         )
     ]
+
+
+def padded(batch: NestedMap, *, multiple: int) -> NestedMap:
+    """Returns `batch` with rows behind the last until their number is a multiple; they have no weight in the loss.
+
+    They repeat the last row, because a row of nothing but padding is no input that a model has to bear.
+    """
+    rows = batch.flatten()[0].shape[0]
+    missing = -rows % multiple
+    if not missing:
+        return batch
+    longer = batch.transform(lambda tensor: torch.cat([tensor, tensor[-1:].expand(missing, *tensor.shape[1:])]))
+    weights = longer.target.weights.clone()
+    weights[rows:] = 0
+    longer.target.weights = weights
+    return longer
 
 
 def _bounds(batch: NestedMap, *, parts: int) -> Iterator[tuple[int, int]]:

@@ -10,6 +10,8 @@ from .parity import check_layout
 
 Row = tuple[str, dict[str, Any], int, dict[str, Any]]
 
+BF16: dict[str, Any] = {"precision": "bf16", "accumulation": 2, "rtol": 1e-2, "parameter_tolerance": 1e-2}
+
 ROWS: list[Row] = [
     ("accumulation4", {}, 1, {"accumulation": 4}),
     ("dp2", {"data": 2}, 2, {}),
@@ -19,12 +21,39 @@ ROWS: list[Row] = [
     ("dp2-zero1", {"data": 2, "zero.stage": 1}, 2, {}),
     ("dp2-zero2", {"data": 2, "zero.stage": 2}, 2, {}),
     ("dp2-zero3", {"data": 2, "zero.stage": 3}, 2, {}),
+    ("dp2-zero3-divided", {"data": 2, "zero.stage": 3, "zero.persistence_elements": 0}, 2, {"varying": True}),
+    ("dp2-zero1-accumulation4", {"data": 2, "zero.stage": 1}, 2, {"accumulation": 4}),
+    ("dp2-zero2-accumulation4", {"data": 2, "zero.stage": 2}, 2, {"accumulation": 4}),
+    ("dp2-zero3-accumulation4", {"data": 2, "zero.stage": 3}, 2, {"accumulation": 4}),
+    ("dp2-zero1-offload", {"data": 2, "zero.stage": 1, "zero.offload_optimizer": "cpu"}, 2, {}),
+    ("dp2-zero2-offload", {"data": 2, "zero.stage": 2, "zero.offload_optimizer": "cpu"}, 2, {"accumulation": 2}),
+    (
+        "dp2-zero3-offload",
+        {"data": 2, "zero.stage": 3, "zero.offload_optimizer": "cpu", "zero.offload_parameters": "cpu"},
+        2,
+        {"accumulation": 2},
+    ),
+    ("dp2-bf16", {"data": 2}, 2, BF16),
+    ("dp2-zero1-bf16", {"data": 2, "zero.stage": 1}, 2, BF16),
+    ("dp2-zero2-bf16", {"data": 2, "zero.stage": 2}, 2, BF16),
+    ("dp2-zero3-bf16", {"data": 2, "zero.stage": 3}, 2, BF16),
+    ("zero1-alone", {"zero.stage": 1, "zero.offload_optimizer": "cpu"}, 1, {}),
+    ("dp2-zero2-overlap", {"data": 2, "zero.stage": 2, "zero.overlap": True, "zero.bucket_elements": 2000}, 2, {}),
     ("tp2", {"tensor": 2}, 2, {}),
     ("tp2-sequence", {"tensor": 2, "sequence": True}, 2, {}),
     ("tp2-sequence-varying", {"tensor": 2, "sequence": True}, 2, {"varying": True}),
     ("tp4", {"tensor": 4}, 4, {}),
     ("dp2-tp2", {"data": 2, "tensor": 2}, 4, {}),
     ("dp2-tp2-sequence", {"data": 2, "tensor": 2, "sequence": True}, 4, {}),
+    ("pp2-gpipe", {"pipe": 2, "pipeline.schedule": "gpipe"}, 2, {}),
+    ("pp2-1f1b", {"pipe": 2}, 2, {"accumulation": 4}),
+    ("pp2-interleaved", {"pipe": 2, "pipeline.schedule": "interleaved"}, 2, {"varying": True}),
+    ("pp2-zero-bubble", {"pipe": 2, "pipeline.schedule": "zero_bubble_v"}, 2, {"accumulation": 4}),
+    ("pp2-rows-left-over", {"pipe": 2}, 2, {"rows": 7}),
+    ("pp4-uneven", {"pipe": 4, "pipeline.split": (2, 1, 3, 2)}, 4, {"varying": True}),
+    ("dp2-pp2", {"data": 2, "pipe": 2}, 4, {}),
+    ("tp2-pp2", {"tensor": 2, "pipe": 2}, 4, {"varying": True}),
+    ("tp2-pp2-sequence", {"tensor": 2, "pipe": 2, "sequence": True}, 4, {"varying": True}),
 ]
 
 

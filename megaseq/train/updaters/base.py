@@ -32,6 +32,12 @@ class Updater(Protocol):
             last: whether it is the last one.
         """
 
+    def before_stage_backward(self) -> None:
+        """To be called, instead of `backward`, before a pipeline's schedule runs a backward pass of a stage."""
+
+    def after_stage_backward(self) -> None:
+        """To be called when such a pass has left gradients in the parameters."""
+
     def update(self, *, step: int) -> UpdateStats:
         """Sums gradients over ranks and makes step `step`, or none of it; afterwards there are no gradients."""
 

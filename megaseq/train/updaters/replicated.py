@@ -21,6 +21,7 @@ from megaseq.parallel.gradients import (
     sum_over,
 )
 from megaseq.parallel.mesh import Mesh
+from megaseq.parallel.pipeline import TiedTensors
 from megaseq.parallel.spec import ParameterSpec, shard_of
 from megaseq.tasks.base import BaseTask, LossOutput
 from megaseq.train.precision import MasterWeights, Precision
@@ -56,6 +57,7 @@ class Replicated:
         self._described = {name: (shard_of(value), _global_shape(value)) for name, value in parameters.items()}
         self._experts = {name for name, value in parameters.items() if is_expert(value)}
         boxes = counted_boxes(parameters, mesh=mesh)
+        self._tied = TiedTensors(parameters, mesh=mesh)
         self._weights = MasterWeights(task, precision=precision)
         self.learner: Learner = learner_params.instantiate(
             named_parameters={f"{PREFIX}{name}": master for name, master in self._weights.masters.items()},
@@ -72,6 +74,13 @@ class Replicated:
         """See `Updater.backward`."""
         loss.backward()  # type: ignore[no-untyped-call]
         self._weights.collect_gradients(first=first)
+
+    def before_stage_backward(self) -> None:
+        """See `Updater.before_stage_backward`."""
+
+    def after_stage_backward(self) -> None:
+        """See `Updater.after_stage_backward`."""
+        self._weights.collect_gradients(first=False)
 
     def update(self, *, step: int) -> UpdateStats:
         """See `Updater.update`."""
@@ -93,6 +102,8 @@ class Replicated:
             (experts if name in self._experts else dense).append(master.grad)
         sum_over(dense, group=self._mesh.group("data", "context"), bucket_elements=self._bucket_elements)
         sum_over(experts, group=self._mesh.group("expert_data", "context"), bucket_elements=self._bucket_elements)
+        gradients = {name: master.grad for name, master in self.learner.trainable.items() if master.grad is not None}
+        self._tied.sum(gradients, bucket_elements=self._bucket_elements)
 
     @contextlib.contextmanager
     def evaluating(self, *, averaged: bool) -> Iterator[None]:

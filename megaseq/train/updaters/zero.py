@@ -120,11 +120,15 @@ class Zero:
             self._restore_exact(exact)
 
     def _lower(self, task: BaseTask, *, precision: Precision) -> dict[str, Tensor]:
-        """Rounds the weights to bf16 where the precision says so; returns the exact values on the host."""
+        """Rounds the weights to bf16 where the precision says so; returns the exact values on the host.
+
+        Stage 3 wants one format for all that trains; below it norms stay in fp32.
+        """
         if precision != "bf16":
             return {}
         exact: dict[str, Tensor] = {}
-        for name, parameter in low_precision_parameters(task).items():
+        lowered = dict(task.named_parameters()) if self._stage == 3 else low_precision_parameters(task)
+        for name, parameter in lowered.items():
             exact[f"{PREFIX}{name}"] = parameter.detach().to("cpu", copy=True)
             parameter.data = parameter.data.to(torch.bfloat16)
         return exact
@@ -172,6 +176,12 @@ class Zero:
     def backward(self, loss: Tensor, *, first: bool, last: bool) -> None:
         """See `Updater.backward`."""
         self.engine.backward(loss, scale_wrt_gas=False)
+
+    def before_stage_backward(self) -> None:
+        """See `Updater.before_stage_backward`."""
+
+    def after_stage_backward(self) -> None:
+        """See `Updater.after_stage_backward`."""
 
     def update(self, *, step: int) -> UpdateStats:
         """See `Updater.update`."""
