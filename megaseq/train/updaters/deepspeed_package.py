@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import warnings
 from types import ModuleType
 from typing import Any
 
@@ -30,6 +31,8 @@ def load_deepspeed(device: torch.device) -> ModuleType:
     # An all-reduce for inference on CPUs, which would be compiled at the first collective (70 to 150 s).
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    # Collectives that DeepSpeed calls by names which torch has renamed.
+    warnings.filterwarnings("ignore", message="`torch.distributed.*is deprecated", category=FutureWarning)
     return deepspeed
 
 
