@@ -202,7 +202,7 @@ def refused_rank(rank: int, parallel: dict[str, Any], change: str) -> str:
         (
             "heads",
             {"tensor": 2},
-            "parallel.tensor: must divide the 3 heads of task.encoder.layers.0.self_attention.output.weight, but is 2. "
+            "parallel.tensor: must divide the 3 heads of task.encoder.position_bias.weight, but is 2. "
             "Choose one of [1, 3].",
         ),
         (
