@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from megaseq.base import FROM_PARENT, REQUIRED
+from megaseq.base.errors import must
 from megaseq.kernels.attention import AttentionMask, attention
 from megaseq.kernels.dropout import DropoutMask
 from megaseq.layers.base import inherit
@@ -16,9 +17,10 @@ from megaseq.layers.linear import Linear
 from megaseq.layers.norm import Norm
 from megaseq.layers.relative import PositionBias
 from megaseq.layers.rotary import Rotary, Rotation
-from megaseq.layers.sight import Sight, inner_of, stream_of
+from megaseq.layers.shared_rows import SharedMask
+from megaseq.layers.sight import Mask, Sight, inner_of, stream_of
 from megaseq.layers.tokens import Tokens, starts_of_weights
-from megaseq.parallel.spec import Ranks
+from megaseq.parallel.spec import ContextRanks, Ranks
 
 
 class Attention(Branch):
@@ -97,13 +99,26 @@ class Attention(Branch):
             if norm is not None:
                 norm.of_heads = True
 
+    def share_rows(self, ranks: ContextRanks) -> None:
+        """Checks that ranks that share rows can be dealt heads, where they are to be."""
+        if ranks.method != "ulysses":
+            return
+        for heads in (self.num_heads, self.num_key_value_heads):
+            if heads % ranks.size:
+                raise must(
+                    "parallel.context",
+                    f"divide the {heads} heads (of each tensor rank) of {self.path or 'attention'} with ulysses",
+                    ranks.size,
+                    "Use parallel.context_method=ring, which needs no heads",
+                )
+
     def attend(
         self,
         query: Tensor,
         *,
         key: Tensor,
         value: Tensor,
-        mask: AttentionMask | None,
+        mask: Mask | None,
         bias: Tensor | None,
         tokens: Tokens | None = None,
     ) -> Tensor:
@@ -112,7 +127,20 @@ class Attention(Branch):
         `tokens` says which rows and tokens the queries are; None: the context's rows, whole.
         """
         dropout: DropoutMask | None = None
-        if self.training and self.params.attention_dropout:
+        rate = self.params.attention_dropout if self.training else 0.0
+        if isinstance(mask, SharedMask):
+            shared = mask.attend(
+                query,
+                key=key,
+                value=value,
+                bias=bias,
+                scale=self.scale,
+                soft_cap=self.params.soft_cap,
+                heads=(self.first_head, self.params.num_heads),
+                dropout=(rate, self.dropout_key(site=1)) if rate else None,
+            )
+            return shared.flatten(2)
+        if rate:
             offset = starts_of_weights(
                 tokens=tokens or self.tokens_of(query),
                 batch=query.shape[0],
@@ -120,7 +148,7 @@ class Attention(Branch):
                 lengths=(query.shape[1], key.shape[1]),
                 device=query.device,
             )
-            dropout = DropoutMask(self.params.attention_dropout, self.dropout_key(site=1), offset)
+            dropout = DropoutMask(rate, self.dropout_key(site=1), offset)
         heads = attention(
             query,
             key=key,
@@ -192,7 +220,9 @@ class SelfAttention(Attention):
                 sight.rotations[self.rotary.key] = self.rotary.rotation(sight.positions)
             rotation = sight.rotations[self.rotary.key]
         bias = sight.bias
-        if self.position_bias is not None:
+        if self.position_bias is not None and sight.row is not None:
+            bias = sight.row.bias(self.position_bias)
+        elif self.position_bias is not None:
             bias = self.position_bias(fused.shape[1], device=x.device)
         query, key, value = self.split(fused, rotation=rotation)
         mask = sight.mask(self.params.window)
@@ -231,7 +261,7 @@ class CrossAttention(Attention):
         return (key if self.key_norm is None else self.key_norm(key)), value
 
     def forward(
-        self, x: Tensor, *, key: Tensor, value: Tensor, mask: AttentionMask | None, sight: Sight | None = None
+        self, x: Tensor, *, key: Tensor, value: Tensor, mask: Mask | None, sight: Sight | None = None
     ) -> Tensor:
         """Attends with the residual stream to an encoded source.
 

@@ -124,15 +124,16 @@ class EncoderDecoder(Layer):
 
         Args:
             source: `ids` [B, S]; `segment_ids` [B, S], 0 is padding (absent: none); `positions` [B, S], counting from 0
-                in each segment (absent: derived).
+                in each segment (absent: derived); `row_segment_ids` where context ranks share the rows' tokens.
 
         Returns:
             `states` [B, S, E]; `segment_ids` [B, S] or None; `positions` [B or 1, S].
         """
         segment_ids, positions = places_of(source)
         x = self.source_embedding(source.ids)
-        states = self.encoder(x, segment_ids=segment_ids, positions=positions)
-        return NestedMap(states=states, segment_ids=segment_ids, positions=positions)
+        whole: Tensor | None = source.get("row_segment_ids")
+        states = self.encoder(x, segment_ids=segment_ids, positions=positions, row_segment_ids=whole)
+        return NestedMap(states=states, segment_ids=segment_ids, positions=positions, row_segment_ids=whole)
 
     def decode_hidden(self, target: NestedMap, *, memory: NestedMap) -> Tensor:
         """Runs the decoder over whole targets.
@@ -151,6 +152,8 @@ class EncoderDecoder(Layer):
             positions=positions,
             memory=memory.states,
             memory_segment_ids=memory.segment_ids,
+            row_segment_ids=target.get("row_segment_ids"),
+            memory_row_segment_ids=memory.get("row_segment_ids"),
         )
         return hidden
 

@@ -161,7 +161,8 @@ class MixtureOfExperts(Branch):
         batch, length, width = entered.shape
         segment_ids = None if sight is None else sight.segment_ids
         real = None if segment_ids is None else segment_ids > 0
-        pairs, losses = self.router(entered, real=real, tokens=tokens)
+        total = None if sight is None or sight.row is None else sight.row.ranks.sum
+        pairs, losses = self.router(entered, real=real, tokens=tokens, sum_over_row=total)
         if self.context.auxiliary is not None:
             self.context.auxiliary.append(losses)
         names = token_numbers(tokens, batch=batch, count=length, device=x.device).flatten()[pairs.tokens]

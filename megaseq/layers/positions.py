@@ -34,26 +34,29 @@ class Positions(Layer):
 
     params: Params
 
-    def lookup(self, positions: Tensor, *, dtype: torch.dtype) -> Tensor:
-        """Returns the vectors [..., D] of the 0-based `positions` [...]."""
+    def lookup(self, positions: Tensor, *, dtype: torch.dtype, length: int) -> Tensor:
+        """Returns the vectors [..., D] of the 0-based `positions` [...], each below `length`."""
         raise NotImplementedError
 
     def at(self, position: int, *, like: Tensor) -> Tensor:
         """Returns the vector [D] of one position, in the dtype and on the device of `like`."""
         raise NotImplementedError
 
-    def forward(self, x: Tensor, *, positions: Tensor, segment_ids: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, *, positions: Tensor, segment_ids: Tensor | None = None, length: int | None = None
+    ) -> Tensor:
         """Adds positions to embeddings.
 
         Args:
             x: embeddings [B, T, D].
             positions: 0-based, restarting in every segment, [B, T] or, the same in every row, [1, T].
             segment_ids: [B, T], 0 is padding; None where there is none.
+            length: of the whole rows, where `x` has a part of each; None: T.
 
         Returns:
             [B, T, D].
         """
-        vectors = self.lookup(positions, dtype=x.dtype)
+        vectors = self.lookup(positions, dtype=x.dtype, length=length or positions.shape[-1])
         if self.params.zero_padding and segment_ids is not None:
             vectors = vectors * (segment_ids > 0).unsqueeze(-1).to(vectors.dtype)
         return x + vectors
@@ -76,14 +79,14 @@ class LearnedPositions(Positions):
             "weight", shape=(p.max_positions + p.offset, p.model_dim), axes=(None, "model"), init=p.init.instantiate()
         )
 
-    def lookup(self, positions: Tensor, *, dtype: torch.dtype) -> Tensor:
-        """Returns the vectors [..., D] of `positions` [...].
+    def lookup(self, positions: Tensor, *, dtype: torch.dtype, length: int) -> Tensor:
+        """Returns the vectors [..., D] of `positions` [...], each below `length`.
 
         Raises:
             ParamsError: more positions in a row than the table holds.
         """
         # Positions count by one, so a row's length bounds them without reading the values back from a device.
-        if positions.shape[-1] > self.params.max_positions and int(positions.max()) >= self.params.max_positions:
+        if length > self.params.max_positions and int(positions.max()) >= self.params.max_positions:
             raise self._too_short(int(positions.max()) + 1)
         return functional.embedding(positions + self.params.offset, self.weight).to(dtype)
 
@@ -150,9 +153,9 @@ class SinusoidalPositions(Positions):
             self._table = table = table.to(device=device, dtype=dtype)
         return table
 
-    def lookup(self, positions: Tensor, *, dtype: torch.dtype) -> Tensor:
-        """Returns the vectors [..., D] of `positions` [...], each below the row's length."""
-        table = self.table(positions.shape[-1], device=positions.device, dtype=dtype)
+    def lookup(self, positions: Tensor, *, dtype: torch.dtype, length: int) -> Tensor:
+        """Returns the vectors [..., D] of `positions` [...], each below `length`."""
+        table = self.table(length, device=positions.device, dtype=dtype)
         return functional.embedding(positions, table)
 
     def at(self, position: int, *, like: Tensor) -> Tensor:

@@ -15,12 +15,14 @@ from torch import Tensor
 from torch.nn import functional
 
 from megaseq.base import FROM_PARENT, Problem
+from megaseq.base.errors import must
 from megaseq.kernels.dropout import mix_key
 from megaseq.kernels.dropout.reference import uniform
 from megaseq.layers.auxiliary import AuxiliaryLoss
 from megaseq.layers.base import Layer
 from megaseq.layers.initializers import Initializer, TruncatedGaussian
 from megaseq.layers.tokens import Tokens, starts
+from megaseq.parallel.spec import ContextRanks
 
 Method = Literal["top1", "top2", "expert_choice"]
 
@@ -91,11 +93,28 @@ class Router(Layer):
         self.weight = self.create_parameter(
             "weight", shape=(p.num_experts, p.model_dim), axes=(None, "model"), init=p.init.instantiate()
         )
-        # Sums counts [..., E] of a row over the ranks that share its tokens; None where they are all here.
-        self.sum_over_row: Callable[[Tensor], Tensor] | None = None
+
+    def share_rows(self, ranks: ContextRanks) -> None:
+        """Refuses decisions that need all tokens of a row.
+
+        Raises:
+            ParamsError: the capacity of an expert is a share of the row's tokens.
+        """
+        if self.params.capacity_factor is not None:
+            raise must(
+                "router.capacity_factor",
+                "be null (no limit) where context ranks share rows",
+                self.params.capacity_factor,
+                "Set router.capacity_factor=null and router.method=top2, or parallel.context=1",
+            )
 
     def forward(
-        self, x: Tensor, *, real: Tensor | None, tokens: Tokens | None = None
+        self,
+        x: Tensor,
+        *,
+        real: Tensor | None,
+        tokens: Tokens | None = None,
+        sum_over_row: Callable[[Tensor], Tensor] | None = None,
     ) -> tuple[Assignments, AuxiliaryLoss]:
         """Pairs the tokens of `x` [B, T, D] with experts.
 
@@ -103,6 +122,7 @@ class Router(Layer):
             x: what the block reads.
             real: bool [B, T], False for padding, which goes to no expert and counts for nothing; None: none.
             tokens: which rows and tokens `x` holds; None: the context's rows, whole.
+            sum_over_row: sums over the ranks that share rows; None where all tokens of a row are here.
         """
         p = self.params
         logits = self._logits(x, tokens=tokens)
@@ -124,7 +144,9 @@ class Router(Layer):
             kept, first = pairs.any(dim=2), experts[..., 0]
             gates = (pairs * best.unsqueeze(-1)).sum(dim=2)
         assignments = _sorted_by_expert(kept, gates=gates)
-        loss, metrics = self._losses(logits, probabilities=probabilities, first=first, real=real)
+        load = self._load(first, real=real, dtype=logits.dtype)
+        whole = load if sum_over_row is None else sum_over_row(load)
+        loss, metrics = self._losses(logits, probabilities=probabilities, real=real, load=whole)
         count = wanted.to(logits.dtype)
         metrics["experts_dropped"] = (count - kept.sum(), count)
         return assignments, AuxiliaryLoss(loss, metrics)
@@ -140,19 +162,19 @@ class Router(Layer):
         with torch.autocast(x.device.type, enabled=False):
             return functional.linear(x, self.weight.to(precise))
 
+    def _load(self, first: Tensor, *, real: Tensor, dtype: torch.dtype) -> Tensor:
+        """Returns [B, E + 1]: how many real tokens of a row have each expert as `first` choice, and their number."""
+        chosen = (functional.one_hot(first, self.params.num_experts) * real.unsqueeze(-1)).sum(dim=1)
+        return torch.cat([chosen, real.sum(dim=1, keepdim=True)], dim=1).to(dtype)
+
     def _losses(
-        self, logits: Tensor, *, probabilities: Tensor, first: Tensor, real: Tensor
+        self, logits: Tensor, *, probabilities: Tensor, real: Tensor, load: Tensor
     ) -> tuple[Tensor, dict[str, tuple[Tensor, Tensor]]]:
         """Returns the auxiliary loss summed over real tokens, and metrics: both losses, and the load of a row's busiest
-        expert as a multiple of an even load."""
+        expert as a multiple of an even load. `load` is that of the whole rows."""
         p = self.params
         mask = real.to(logits.dtype)
-        number = mask.sum()
-        chosen = (functional.one_hot(first, p.num_experts) * real.unsqueeze(-1)).sum(dim=1).to(logits.dtype)
-        own = mask.sum(dim=1, keepdim=True)
-        load = torch.cat([chosen, own], dim=1)
-        if self.sum_over_row is not None:
-            load = self.sum_over_row(load)
+        number, own = mask.sum(), mask.sum(dim=1, keepdim=True)
         # Counts have no gradient, and the loss is linear in the probabilities: ranks that share a row, each with its
         # own tokens' probabilities and the whole row's counts, add up to the loss of the row.
         shares = load[:, :-1] / load[:, -1:].clamp_min(1.0)

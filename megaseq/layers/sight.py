@@ -8,7 +8,11 @@ from torch import Tensor
 
 from megaseq.kernels.attention import AttentionMask
 from megaseq.layers.rotary import Rotation, RotationKey
+from megaseq.layers.shared_rows import SharedMask, SharedRow
 from megaseq.layers.tokens import Tokens
+
+Mask = AttentionMask | SharedMask
+"""Who sees whom, of the tokens of this rank or of rows that ranks share."""
 
 
 @dataclass
@@ -22,21 +26,25 @@ class Sight:
     causal: bool
     """Whether later keys are hidden."""
     bias: Tensor | None = None
-    """[1, N, T, T] from the stack's position bias."""
+    """[1, N, T, T] from the stack's position bias; of shared rows what `SharedRow.bias` returns."""
     inner: Tokens | None = None
     """Tokens that the blocks of a layer have; None: the context's rows, whole."""
     stream: Tokens | None = None
     """Tokens that the residual stream between the blocks has: those of `inner`, or a tensor rank's share of them."""
-    masks: dict[int | None, AttentionMask] = field(default_factory=dict)
+    row: SharedRow | None = None
+    """The whole rows, where ranks share their tokens."""
+    masks: dict[int | None, Mask] = field(default_factory=dict)
     rotations: dict[RotationKey, Rotation] = field(default_factory=dict)
 
-    def mask(self, window: int | None) -> AttentionMask:
+    def mask(self, window: int | None) -> Mask:
         """Returns the mask of layers with this `window`, made once.
 
         Places in the row stand for positions: a segment is in one piece and its positions count by one, so both give
         the same order and the same distances within it.
         """
-        if window not in self.masks:
+        if window not in self.masks and self.row is not None:
+            self.masks[window] = self.row.mask(causal=self.causal, window=window)
+        elif window not in self.masks:
             self.masks[window] = AttentionMask(
                 query_segment_ids=self.segment_ids,
                 key_segment_ids=self.segment_ids,

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from megaseq.base import FROM_PARENT, REQUIRED
-from megaseq.base.errors import must
+from megaseq.base.errors import AsText, must
 from megaseq.kernels.attention import AttentionMask
 from megaseq.layers.attention import CrossAttention, SelfAttention
 from megaseq.layers.base import Layer, inherit
@@ -18,9 +18,10 @@ from megaseq.layers.moe import MixtureOfExperts
 from megaseq.layers.norm import LayerNorm, Norm
 from megaseq.layers.positions import Positions
 from megaseq.layers.relative import PositionBias
-from megaseq.layers.sight import Sight, stream_of
+from megaseq.layers.shared_rows import SharedRow
+from megaseq.layers.sight import Mask, Sight, stream_of
 from megaseq.layers.tokens import Tokens
-from megaseq.parallel.spec import Axis
+from megaseq.parallel.spec import Axis, ContextRanks
 
 
 class TransformerLayer(Layer):
@@ -74,7 +75,7 @@ class TransformerLayer(Layer):
         ).instantiate()
 
     def forward(
-        self, x: Tensor, *, sight: Sight, memory: Tensor | None = None, memory_mask: AttentionMask | None = None
+        self, x: Tensor, *, sight: Sight, memory: Tensor | None = None, memory_mask: Mask | None = None
     ) -> Tensor:
         """Maps the residual stream `x` [B, T, D] to the next [B, T, D].
 
@@ -161,6 +162,8 @@ class Stack(Layer):
         widths = ("model_dim", "memory_dim")
         others = ("norm", "residual", "dropout", "attention_dropout", "activation_dropout", "bias")
         shared = {name: getattr(p, name) for name in (*widths, *others)}
+        # Share the tokens of rows, where a batch says so.
+        self.context_ranks: ContextRanks | None = None
         self.positions: Positions | None = None
         if p.positions is not None:
             self.positions = inherit(p.positions, model_dim=p.model_dim).instantiate()
@@ -179,24 +182,31 @@ class Stack(Layer):
         if p.final_norm if p.final_norm is not None else p.residual != "post":
             self.final_norm = p.norm.replace(dim=p.model_dim).instantiate()
 
-    def start(self, x: Tensor, *, segment_ids: Tensor | None, positions: Tensor) -> tuple[Tensor, Sight]:
+    def share_rows(self, ranks: ContextRanks) -> None:
+        """Learns which ranks share rows."""
+        self.context_ranks = ranks
+
+    def start(
+        self, x: Tensor, *, segment_ids: Tensor | None, positions: Tensor, row_segment_ids: Tensor | None = None
+    ) -> tuple[Tensor, Sight]:
         """Returns the residual stream [B, T, D] before the first layer, and what the layers share.
 
         Args:
             x: embeddings [B, T, D].
             segment_ids: [B, T], 0 is padding; None: none.
             positions: [B or 1, T].
+            row_segment_ids: [B, length] of the whole rows, where context ranks share their tokens; None: they do not.
         """
-        x = self.enter(x, segment_ids=segment_ids, positions=positions)
-        return x, self.sight(segment_ids=segment_ids, positions=positions)
+        sight = self.sight(segment_ids=segment_ids, positions=positions, row_segment_ids=row_segment_ids)
+        return self.enter(x, segment_ids=segment_ids, positions=positions, sight=sight), sight
 
-    def enter(self, x: Tensor, *, segment_ids: Tensor | None, positions: Tensor) -> Tensor:
+    def enter(self, x: Tensor, *, segment_ids: Tensor | None, positions: Tensor, sight: Sight) -> Tensor:
         """Returns the residual stream [B, T, D] before the first layer; arguments as of `start`."""
+        tokens = sight.stream or self.tokens_of(positions)
         if self.positions is not None:
-            x = self.positions(x, positions=positions, segment_ids=segment_ids)
+            x = self.positions(x, positions=positions, segment_ids=segment_ids, length=tokens.length)
         if self.input_norm is not None:
             x = self.input_norm(x)
-        tokens = self.stream(self.tokens_of(positions))
         if tokens.divided and self.ranks is not None:
             x = self.ranks.cut_tokens(x)
         return self.drop(x, rate=self.params.dropout, tokens=tokens)
@@ -212,15 +222,33 @@ class Stack(Layer):
         share = count // self.ranks.size
         return tokens.part(start=self.ranks.index * share, length=share)
 
-    def sight(self, *, segment_ids: Tensor | None, positions: Tensor) -> Sight:
+    def sight(self, *, segment_ids: Tensor | None, positions: Tensor, row_segment_ids: Tensor | None = None) -> Sight:
         """Returns what the layers share for one batch; arguments as of `start`."""
-        tokens = self.tokens_of(positions)
+        row = self._row(row_segment_ids)
+        tokens = self.tokens_of(positions) if row is None else row.tokens
         sight = Sight(
-            segment_ids=segment_ids, positions=positions, causal=self.causal, inner=tokens, stream=self.stream(tokens)
+            segment_ids=segment_ids,
+            positions=positions,
+            causal=self.causal,
+            inner=tokens,
+            stream=self.stream(tokens),
+            row=row,
         )
-        if self.position_bias is not None:
+        if self.position_bias is not None and row is not None:
+            sight.bias = row.bias(self.position_bias)
+        elif self.position_bias is not None:
             sight.bias = self.position_bias(positions.shape[-1], device=positions.device)
         return sight
+
+    def _row(self, segment_ids: Tensor | None) -> SharedRow | None:
+        if segment_ids is None:
+            return None
+        if self.context_ranks is None:
+            raise must(
+                "row_segment_ids", "be absent where no ranks share rows", AsText("there"), "Do not shard batches"
+            )
+        row_start, row_stride = self.context.row_start, self.context.row_stride
+        return SharedRow(self.context_ranks, segment_ids=segment_ids, row_start=row_start, row_stride=row_stride)
 
     def finish(self, x: Tensor, *, sight: Sight | None = None) -> Tensor:
         """Returns the stack's output [B, T, D] of the residual stream after the last layer, all tokens of it."""
@@ -244,15 +272,18 @@ class Encoder(Stack):
         memory_dim: int = 0
         """Not read: an encoder has no cross-attention."""
 
-    def forward(self, x: Tensor, *, segment_ids: Tensor | None, positions: Tensor) -> Tensor:
+    def forward(
+        self, x: Tensor, *, segment_ids: Tensor | None, positions: Tensor, row_segment_ids: Tensor | None = None
+    ) -> Tensor:
         """Encodes embeddings `x` [B, S, D]; returns [B, S, D].
 
         Args:
             x: embeddings.
             segment_ids: [B, S], 0 is padding; None: one segment a row, no padding.
             positions: [B or 1, S], 0-based in each segment.
+            row_segment_ids: as of `start`.
         """
-        x, sight = self.start(x, segment_ids=segment_ids, positions=positions)
+        x, sight = self.start(x, segment_ids=segment_ids, positions=positions, row_segment_ids=row_segment_ids)
         for layer in self.layers:
             x = layer(x, sight=sight)
         return self.finish(x, sight=sight)
@@ -276,6 +307,8 @@ class Decoder(Stack):
         positions: Tensor,
         memory: Tensor,
         memory_segment_ids: Tensor | None,
+        row_segment_ids: Tensor | None = None,
+        memory_row_segment_ids: Tensor | None = None,
     ) -> Tensor:
         """Decodes embeddings `x` [B, T, D]; returns [B, T, D].
 
@@ -285,14 +318,33 @@ class Decoder(Stack):
             positions: [B or 1, T], 0-based in each segment.
             memory: the encoder's output [B, S, E].
             memory_segment_ids: [B, S]; a token sees the source tokens of its own segment.
+            row_segment_ids: as of `start`.
+            memory_row_segment_ids: the same of the source.
         """
-        x, sight = self.start(x, segment_ids=segment_ids, positions=positions)
-        mask: AttentionMask | None = None
-        if segment_ids is not None or memory_segment_ids is not None:
-            mask = AttentionMask(query_segment_ids=segment_ids, key_segment_ids=memory_segment_ids)
+        x, sight = self.start(x, segment_ids=segment_ids, positions=positions, row_segment_ids=row_segment_ids)
+        mask = memory_mask(sight, memory_segment_ids=memory_segment_ids, memory_row_segment_ids=memory_row_segment_ids)
         for layer in self.layers:
             x = layer(x, sight=sight, memory=memory, memory_mask=mask)
         return self.finish(x, sight=sight)
+
+
+def memory_mask(
+    sight: Sight, *, memory_segment_ids: Tensor | None, memory_row_segment_ids: Tensor | None = None
+) -> Mask | None:
+    """Returns who sees whom of the encoder's output; None: every token of the target sees all of it.
+
+    Args:
+        sight: of the target.
+        memory_segment_ids: [B, S], of the source; None: none.
+        memory_row_segment_ids: [B, length] of the source's whole rows, where context ranks share their tokens.
+    """
+    if sight.row is not None and memory_row_segment_ids is not None:
+        return sight.row.mask_of(memory_row_segment_ids)
+    if (sight.row is None) != (memory_row_segment_ids is None):
+        raise must("row_segment_ids", "be there in both sides or in none", AsText("in one"), "Shard the whole batch")
+    if sight.segment_ids is None and memory_segment_ids is None:
+        return None
+    return AttentionMask(query_segment_ids=sight.segment_ids, key_segment_ids=memory_segment_ids)
 
 
 def positions_of(segment_ids: Tensor) -> Tensor:

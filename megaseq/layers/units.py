@@ -10,9 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from megaseq.base import NestedMap
-from megaseq.kernels.attention import AttentionMask
-from megaseq.layers.sight import Sight
-from megaseq.layers.transformer import Stack, TransformerLayer, positions_of
+from megaseq.layers.sight import Mask, Sight
+from megaseq.layers.transformer import Stack, TransformerLayer, memory_mask, positions_of
 from megaseq.parallel.spec import Flow, Unit
 
 if TYPE_CHECKING:
@@ -117,7 +116,7 @@ class UnitRun:
         self._model = model
         self._batch = batch
         self._sights: dict[str, Sight] = {}
-        self._memory_mask: AttentionMask | None = None
+        self._memory_mask: Mask | None = None
 
     def run(self, carry: Mapping[str, Tensor], *, unit: Unit) -> dict[str, Tensor]:
         """Runs one unit on what the unit before it left; returns what it leaves."""
@@ -147,25 +146,35 @@ class UnitRun:
             source = self._batch.source
             segment_ids, positions = places_of(source)
             x = self._model.source_embedding(source.ids)
-            x, self._sights[stack] = self._model.encoder.start(x, segment_ids=segment_ids, positions=positions)
+            x, self._sights[stack] = self._model.encoder.start(
+                x, segment_ids=segment_ids, positions=positions, row_segment_ids=source.get("row_segment_ids")
+            )
             return x
         target = self._batch.target
         segment_ids, positions = places_of(target)
         x = self._model.embed_target(target.ids)
-        x, self._sights[stack] = self._model.decoder.start(x, segment_ids=segment_ids, positions=positions)
+        x, self._sights[stack] = self._model.decoder.start(
+            x, segment_ids=segment_ids, positions=positions, row_segment_ids=target.get("row_segment_ids")
+        )
         return _Anchor.apply(x, carry["memory"])  # type: ignore[no-untyped-call, no-any-return]
 
     def _sight(self, stack: str) -> Sight:
         if stack not in self._sights:
             side = self._batch.source if stack == "encoder" else self._batch.target
             segment_ids, positions = places_of(side)
-            self._sights[stack] = self._stack(stack).sight(segment_ids=segment_ids, positions=positions)
+            self._sights[stack] = self._stack(stack).sight(
+                segment_ids=segment_ids, positions=positions, row_segment_ids=side.get("row_segment_ids")
+            )
         return self._sights[stack]
 
-    def _mask(self) -> AttentionMask | None:
-        query, key = places_of(self._batch.target)[0], places_of(self._batch.source)[0]
-        if self._memory_mask is None and (query is not None or key is not None):
-            self._memory_mask = AttentionMask(query_segment_ids=query, key_segment_ids=key)
+    def _mask(self) -> Mask | None:
+        if self._memory_mask is None:
+            source = self._batch.source
+            self._memory_mask = memory_mask(
+                self._sight("decoder"),
+                memory_segment_ids=places_of(source)[0],
+                memory_row_segment_ids=source.get("row_segment_ids"),
+            )
         return self._memory_mask
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, runtime_checkable
 
@@ -153,6 +153,40 @@ def shard_of(parameter: torch.Tensor) -> Shard | None:
     """Returns the shard that this process holds of a parameter; None: all of it."""
     shard: Shard | None = getattr(parameter, "shard", None)
     return shard
+
+
+class ContextRanks(Protocol):
+    """The ranks that share the tokens of rows, as layers see them; see `megaseq.parallel.context`."""
+
+    @property
+    def size(self) -> int:
+        """How many they are."""
+
+    @property
+    def index(self) -> int:
+        """Which of them this one is."""
+
+    @property
+    def method(self) -> str:
+        """How attention gets at the others' tokens: `ring` or `ulysses`."""
+
+    def places(self, length: int, *, device: torch.device) -> torch.Tensor:
+        """Returns the places, int64 [t], of this rank's tokens in a row of `length`, those of padding included."""
+
+    def padded(self, length: int) -> int:
+        """Returns the length of a row of `length` tokens with what pads it."""
+
+    def pass_on(self, tensors: Sequence[torch.Tensor]) -> Callable[[], list[torch.Tensor]]:
+        """Begins to send tensors to the next rank and to receive the like from the one before; the result waits."""
+
+    def tokens_for_heads(self, x: torch.Tensor) -> torch.Tensor:
+        """Exchanges tokens for heads: of [B, t, N, H] to [B, L, N / ranks, H], all tokens in order."""
+
+    def heads_for_tokens(self, x: torch.Tensor) -> torch.Tensor:
+        """Exchanges heads for tokens, the other way round."""
+
+    def sum(self, x: torch.Tensor) -> torch.Tensor:
+        """Returns the sum of the ranks' `x`, without gradient."""
 
 
 @dataclass(frozen=True)

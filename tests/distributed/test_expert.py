@@ -50,11 +50,11 @@ def run(layer: MixtureOfExperts, *, x: torch.Tensor, ids: torch.Tensor) -> tuple
     weights = torch.randn(ROWS, LENGTH, D, generator=torch.Generator().manual_seed(9), dtype=x.dtype)
     rows = slice(layer.context.row_start, None, layer.context.row_stride)
     loss = (y * weights[rows]).sum() + layer.context.auxiliary[0].loss_sum
-    loss.backward()  # type: ignore[no-untyped-call]
+    loss.backward()
     return y.detach(), loss.detach()
 
 
-def compare(rank: int, layout_params: dict[str, int], router: dict[str, Any]) -> None:
+def compare(rank: int, layout_params: dict[str, Any], router: dict[str, Any]) -> None:
     parallel = Parallel.Params(**layout_params)
     mesh = Mesh(resolve_layout(parallel, world_size=dist.get_world_size()), rank=rank)
     x = torch.randn(ROWS, LENGTH, D, generator=torch.Generator().manual_seed(1), dtype=torch.float64)

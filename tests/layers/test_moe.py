@@ -167,12 +167,9 @@ def test_gradcheck(case: dict[str, Any]) -> None:
 def test_even_load_has_balance_loss_one() -> None:
     layer = make(method="top1")
     logits = (torch.eye(E, dtype=torch.float64) * 50).repeat(1, 2, 1)
-    _, metrics = layer.router._losses(
-        logits,
-        probabilities=logits.softmax(-1),
-        first=logits.argmax(-1),
-        real=torch.ones(1, 2 * E, dtype=torch.bool),
-    )
+    real = torch.ones(1, 2 * E, dtype=torch.bool)
+    load = layer.router._load(logits.argmax(-1), real=real, dtype=logits.dtype)
+    _, metrics = layer.router._losses(logits, probabilities=logits.softmax(-1), real=real, load=load)
     assert float(metrics["balance_loss"][0] / metrics["balance_loss"][1]) == pytest.approx(1.0)
     assert float(metrics["experts_load"][0] / metrics["experts_load"][1]) == pytest.approx(1.0)
 
