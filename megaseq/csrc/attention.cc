@@ -7,39 +7,14 @@
 #include <thread>
 #include <vector>
 
-#if defined(__GNUC__)
-// Vectors are passed between inlined functions only, so there is no ABI to change.
-#pragma GCC diagnostic ignored "-Wpsabi"
-#define MEGASEQ_INLINE inline __attribute__((always_inline))
-#else
-#define MEGASEQ_INLINE inline
-#endif
-
-// One body, compiled for several instruction sets, the best of which is chosen when the library is loaded.
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && defined(__linux__)
-#define MEGASEQ_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#else
-#define MEGASEQ_CLONES
-#endif
+#include "vector.h"
 
 namespace megaseq {
 namespace {
 
 constexpr std::int64_t kBlock = kAttentionBlock;
 constexpr int kRows = 6;  // Twelve sums, two vectors of b and one factor fill the sixteen registers of AVX2.
-constexpr int kLanes = 8;
 constexpr int kVectors = kAttentionBlock / kLanes;
-
-// Eight floats: one register with AVX2, half of one with AVX-512, two with SSE or NEON.
-typedef float Vector __attribute__((vector_size(kLanes * sizeof(float))));
-
-MEGASEQ_INLINE Vector load(const float* from) {
-  Vector value;
-  std::memcpy(&value, from, sizeof value);
-  return value;
-}
-
-MEGASEQ_INLINE void store(float* to, Vector value) { std::memcpy(to, &value, sizeof value); }
 
 // A matrix with neighbouring columns.
 struct Matrix {
@@ -102,20 +77,6 @@ MEGASEQ_INLINE void transpose(ConstMatrix source, std::int64_t rows, std::int64_
     for (std::int64_t i = 0; i < rows; ++i) target[j * padded + i] = source.data[i * source.stride + j];
     for (std::int64_t i = rows; i < padded; ++i) target[j * padded + i] = 0.0f;
   }
-}
-
-// e^x for x <= 0: 2^n * e^r with |r| <= ln(2) / 2 and a Taylor polynomial of degree 6, relative error below 2e-7.
-MEGASEQ_INLINE float exponential(float x) {
-  x = x < -87.0f ? -87.0f : x;
-  // Adding and taking away 1.5 * 2^23 rounds to the nearest integer.
-  const float n = (x * 1.44269504f + 12582912.0f) - 12582912.0f;
-  const float r = (x - n * 0.693145752f) - n * 1.42860677e-6f;
-  const float p =
-      1.0f + r * (1.0f + r * (0.5f + r * (1.0f / 6 + r * (1.0f / 24 + r * (1.0f / 120 + r * (1.0f / 720))))));
-  const std::int32_t bits = (static_cast<std::int32_t>(n) + 127) << 23;
-  float power;
-  std::memcpy(&power, &bits, sizeof power);
-  return p * power;
 }
 
 // Turns a row of scores into probabilities; those from `seen` on become 0.

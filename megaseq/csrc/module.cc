@@ -7,16 +7,18 @@
 #include <stdexcept>
 
 #include "attention.h"
+#include "decoding.h"
 #include "dropout.h"
 #include "order.h"
 #include "packing.h"
+#include "vector.h"
 
 namespace nb = nanobind;
 
 namespace {
 
 // Equal to INTERFACE_VERSION in base/native.py.
-constexpr int kInterfaceVersion = 4;
+constexpr int kInterfaceVersion = 5;
 
 // Any shape, elements in order: NumPy arrays and, through DLPack, torch tensors.
 template <typename T>
@@ -135,11 +137,46 @@ void attention_backward(HeadsArray<const float> gradient, HeadsArray<const float
   megaseq::attention_backward(call, g, q, k, v, probabilities.data(), dq, dk, dv);
 }
 
+// `places` [queries, any] says which tokens each query sees; empty, query i sees the i / group-th `length` of them.
+void attend_places(HeadsArray<const float> query, HeadsArray<const float> key, HeadsArray<const float> value,
+                   HeadsArray<float> output, nb::ndarray<const std::int64_t, nb::ndim<2>, nb::c_contig, nb::device::cpu> places,
+                   Array<const std::int64_t> counts, nb::ndarray<const float, nb::ndim<2>, nb::device::cpu> bias,
+                   std::size_t length, std::size_t group, float scale, std::size_t num_threads) {
+  const std::size_t queries = query.shape(0), width = query.shape(2);
+  require(width % megaseq::kLanes == 0 && group > 0 && queries % group == 0,
+          "_csrc.attend_places: must have heads of a width that 8 divides and whole groups, but has not.");
+  require(places.size() == 0 || (places.shape(0) == queries && places.shape(1) >= length),
+          "_csrc.attend_places: must have `length` places for each query, but has not.");
+  require(counts.size() == 0 || counts.size() == queries / group,
+          "_csrc.attend_places: must have a count for each group, but has not.");
+  require(bias.size() == 0 || (bias.shape(0) == query.shape(1) && bias.shape(1) >= length && bias.stride(1) == 1),
+          "_csrc.attend_places: must have a bias for each head and place, but has not.");
+  const megaseq::PlacesCall call{places.size() ? places.data() : nullptr, static_cast<std::int64_t>(places.shape(1)),
+                                 counts.size() ? counts.data() : nullptr, static_cast<std::int64_t>(group),
+                                 static_cast<std::int64_t>(length), static_cast<std::int64_t>(queries),
+                                 static_cast<std::int64_t>(width), scale, num_threads};
+  const auto q = heads(query), k = heads(key), v = heads(value);
+  const auto out = heads(output);
+  const float* biases = bias.size() ? bias.data() : nullptr;
+  const std::int64_t stride = bias.stride(0);
+  nb::gil_scoped_release release;
+  megaseq::attend_places(call, q, k, v, biases, stride, out);
+}
+
+void log_softmax_top(nb::ndarray<const float, nb::ndim<2>, nb::c_contig, nb::device::cpu> logits, Array<float> values,
+                     Array<std::int64_t> columns, Array<float> shifts, std::size_t num_threads) {
+  const std::size_t rows = logits.shape(0), size = logits.shape(1), count = rows ? values.size() / rows : 0;
+  require(count <= size && values.size() == rows * count && columns.size() == rows * count && shifts.size() == 2 * rows,
+          "_csrc.log_softmax_top: must have arrays of fitting sizes, but has not. Use log_softmax_topk.");
+  nb::gil_scoped_release release;
+  megaseq::log_softmax_top({rows, size, count, num_threads}, logits.data(), values.data(), columns.data(), shifts.data());
+}
+
 }  // namespace
 
 NB_MODULE(_csrc, module) {
   using namespace nb::literals;
-  module.doc() = "megaseq's C++: epoch order, packing, dropout, attention within segments. Import it through megaseq.base.native only.";
+  module.doc() = "megaseq's C++: epoch order, packing, dropout, attention within segments, steps of decoding. Import it through megaseq.base.native only.";
   module.def("interface_version", [] { return kInterfaceVersion; });
   module.def("permute", &permute, "values"_a.noconvert(), "key"_a, "size"_a, "start"_a);
   module.def("pack", &pack, "source"_a.noconvert(), "target"_a.noconvert(), "source_row"_a, "target_row"_a,
@@ -160,4 +197,9 @@ NB_MODULE(_csrc, module) {
              "key"_a.noconvert(), "value"_a.noconvert(), "probabilities"_a.noconvert(),
              "query_gradient"_a.noconvert(), "key_gradient"_a.noconvert(), "value_gradient"_a.noconvert(),
              "segments"_a.noconvert(), "scale"_a, "num_threads"_a);
+  module.def("attend_places", &attend_places, "query"_a.noconvert(), "key"_a.noconvert(), "value"_a.noconvert(),
+             "output"_a.noconvert(), "places"_a.noconvert(), "counts"_a.noconvert(), "bias"_a.noconvert(), "length"_a,
+             "group"_a, "scale"_a, "num_threads"_a);
+  module.def("log_softmax_top", &log_softmax_top, "logits"_a.noconvert(), "values"_a.noconvert(),
+             "columns"_a.noconvert(), "shifts"_a.noconvert(), "num_threads"_a);
 }

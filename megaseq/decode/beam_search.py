@@ -17,8 +17,9 @@ from megaseq.decode import candidates, termination
 from megaseq.decode.constraints import View, forbid_early_end, force_prefix
 from megaseq.decode.finished import Finished
 from megaseq.decode.hypothesis import Hypothesis
+from megaseq.decode.log_softmax import log_probabilities
 from megaseq.decode.protocol import StepDecoder, step_with_attention
-from megaseq.decode.scoring import Scoring, log_probabilities
+from megaseq.decode.scoring import Scoring
 from megaseq.decode.search import Limits, Search, raise_nan
 from megaseq.decode.topk import NEG_INF
 
@@ -91,9 +92,7 @@ class BeamSearch(Search):
         self._rule = candidates.EosRule(
             self.eos_id, p.valid_eos_max_logit_delta, p.local_eos_threshold, p.force_eos_in_top_k
         )
-        self._scoring = Scoring(
-            p.length_normalization, p.length_penalty, p.coverage_penalty, p.target_seq_length_ratio
-        )
+        self._scoring = Scoring(p.length_normalization, p.length_penalty, p.coverage_penalty, p.target_seq_length_ratio)
 
     @torch.no_grad()
     def search(
@@ -194,16 +193,20 @@ class BeamSearch(Search):
         p = self.params
         batch, num_hyps = beam.total.shape
         self.check_eos(logits)
+        size = p.num_hyps_per_beam
+        count = size + 1 if p.candidates == "per_hyp" else 2 * size
+        early = p.min_seq_len > step or p.min_length_ratio > 0
+        forced = prefix is not None and step < prefix.shape[1]
+        if not (self._constraints or early or forced):
+            return candidates.propose_from_logits(logits, total=beam.total, count=count, rule=self._rule)
         scores = log_probabilities(logits).view(batch, num_hyps, -1)
         if self._constraints:
             view = View(ids=beam.ids, rows=beam.rows, last=last, eos_id=self.eos_id)
             scores = self._constraints(scores, view=view)
-        if p.min_seq_len > step or p.min_length_ratio > 0:
+        if early:
             scores = forbid_early_end(scores, step=step, least=beam.limits.least, eos_id=self.eos_id)
-        if prefix is not None and step < prefix.shape[1]:
+        if prefix is not None and forced:
             scores = force_prefix(scores, wanted=prefix[beam.rows, step])
-        size = p.num_hyps_per_beam
-        count = size + 1 if p.candidates == "per_hyp" else 2 * size
         return candidates.propose(scores, total=beam.total, count=count, rule=self._rule)
 
     def _split(

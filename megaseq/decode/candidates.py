@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
+from megaseq.decode.log_softmax import log_softmax_topk
 from megaseq.decode.topk import NEG_INF, merged_topk, row_topk
 
 
@@ -58,9 +59,21 @@ def propose(scores: torch.Tensor, *, total: torch.Tensor, count: int, rule: EosR
         count: Extensions of each hypothesis; the vocabulary bounds it.
         rule: When an end-of-sequence token is allowed.
     """
-    batch, num_hyps, vocab = scores.shape
-    values, ids = row_topk(scores.reshape(batch * num_hyps, vocab), k=count)
-    eos_local = scores[..., rule.eos_id]
+    vocab = scores.shape[-1]
+    values, ids = row_topk(scores.reshape(-1, vocab), k=count)
+    return _proposals(values, ids=ids, eos_local=scores[..., rule.eos_id], total=total, rule=rule)
+
+
+def propose_from_logits(logits: torch.Tensor, *, total: torch.Tensor, count: int, rule: EosRule) -> Proposals:
+    """The same from logits [B * K, V] that no constraint changes."""
+    values, ids, eos_local = log_softmax_topk(logits, k=count, column=rule.eos_id)
+    return _proposals(values, ids=ids, eos_local=eos_local.view(total.shape), total=total, rule=rule)
+
+
+def _proposals(
+    values: torch.Tensor, *, ids: torch.Tensor, eos_local: torch.Tensor, total: torch.Tensor, rule: EosRule
+) -> Proposals:
+    batch, num_hyps = total.shape
     score = total.unsqueeze(-1) + values.view(batch, num_hyps, -1)
     eos_score = total + eos_local
     allowed = (eos_score >= score[..., 0] - rule.max_logit_delta) & (eos_local > rule.local_threshold)

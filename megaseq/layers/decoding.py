@@ -2,13 +2,12 @@
 
 The state is a NestedMap:
 
-- `length`: tokens fed so far; `num_sources` B and `num_hypotheses` K; `width` of the cache.
+- `length`: tokens fed so far; `num_sources` B and `num_hypotheses` K.
 - `memory`: for each layer the keys and values [B, S, M, H] of its cross-attention, once for each source and never
   copied for its hypotheses, which attend to it as if they were places of one query.
 - `memory_segment_ids`: [B, S] or None; `memory_mask`: the AttentionMask made of it.
-- `cache`: a flat buffer that holds [length, B*K, width], the self-attention keys and values of all layers side by side.
-  Time comes first, so that a step appends in place and one gather reorders all layers. `spare` is the buffer into which
-  it gathers; the two change places.
+- `memory_counts`: [B], how many of its S places each source has, where the extension attends to them; else None.
+- `cache`: the `TokenCache` of the self-attentions' keys and values.
 - `history`: for each layer its position bias [1, N, 1, capacity], longest distance first, or None.
 - `attention_probs`: [B*K, S], after a step with `need_attention`: the last cross-attention's weights, mean over heads.
 
@@ -26,11 +25,13 @@ from torch import Tensor, nn
 from megaseq.base import NestedMap
 from megaseq.base.errors import must
 from megaseq.kernels.attention import AttentionMask
-from megaseq.layers.attention import SelfAttention
+from megaseq.kernels.attention.lookup import attend_shared, fits_lookup
+from megaseq.layers.attention import CrossAttention, SelfAttention
 from megaseq.layers.norm import Norm
 from megaseq.layers.positions import Positions
 from megaseq.layers.relative import PositionBias
 from megaseq.layers.rotary import Rotation, RotationKey
+from megaseq.layers.token_cache import INITIAL_CAPACITY, LookupCache, MovingCache, TokenCache
 from megaseq.layers.transformer import TransformerLayer
 
 
@@ -57,10 +58,6 @@ class StepStack(Protocol):
         """Returns the output of the stream after the last layer."""
 
 
-INITIAL_CAPACITY = 32
-"""Tokens that the first buffer has room for; it doubles when full."""
-
-
 def prefill(decoder: StepStack, *, memory: NestedMap) -> NestedMap:
     """Returns the state before the first step, with one hypothesis a source.
 
@@ -75,6 +72,9 @@ def prefill(decoder: StepStack, *, memory: NestedMap) -> NestedMap:
         None if layer.cross_attention is None else layer.cross_attention.project_memory(memory.states)
         for layer in _layers(decoder)
     ]
+    width = sum(2 * layer.self_attention.key_dim for layer in _layers(decoder))
+    lookup = _fits_lookup(decoder, like=memory.states)
+    cache: TokenCache = (LookupCache if lookup else MovingCache)(width=width, like=memory.states)
     state = NestedMap(
         length=0,
         num_sources=memory.states.shape[0],
@@ -82,11 +82,13 @@ def prefill(decoder: StepStack, *, memory: NestedMap) -> NestedMap:
         memory=tuple(pairs),
         memory_segment_ids=segment_ids,
         memory_mask=_mask(segment_ids),
-        cache=memory.states.new_empty(0),
-        spare=None,
-        width=sum(2 * layer.self_attention.key_dim for layer in _layers(decoder)),
+        memory_counts=None,
+        lookup=lookup,
+        like=memory.states.new_empty(0),
+        cache=cache,
         history=(),
     )
+    _count_memory(state)
     _remember_biases(decoder, state=state, capacity=INITIAL_CAPACITY)
     return state
 
@@ -109,9 +111,9 @@ def step(decoder: StepStack, *, state: NestedMap, x: Tensor, need_attention: boo
     rows, length = state.num_sources * state.num_hypotheses, state.length
     if x.shape[0] != rows:
         raise must("step", f"get one token for each of {rows} hypotheses", x.shape[0], "Call select when they change")
-    _reserve(decoder, state=state)
-    width = state.width
-    cache = state.cache[: (length + 1) * rows * width].view(length + 1, rows, width)
+    cache: TokenCache = state.cache
+    cache.begin(rows)
+    _extend_biases(decoder, state=state)
     if decoder.positions is not None:
         x = x + decoder.positions.at(length, like=x)
     if decoder.input_norm is not None:
@@ -123,44 +125,49 @@ def step(decoder: StepStack, *, state: NestedMap, x: Tensor, need_attention: boo
     mask = state.memory_mask
     for index, layer in enumerate(layers):
         block = layer.self_attention
-        bias = history[index]
-        stop = start + 2 * block.key_dim
-        x = _self_attention_step(block, x=x, cache=cache[:, :, start:stop], bias=bias, rotations=rotations)
-        start = stop
+        x = _self_attention_step(block, x=x, cache=cache, start=start, bias=history[index], rotations=rotations)
+        start += 2 * block.key_dim
         if layer.cross_attention is not None:
             key, value = memory[index]
             if need_attention and index == len(layers) - 1:
                 weights = layer.cross_attention.weights(x, key=key, mask=mask)
                 state.attention_probs = weights.mean(dim=1).flatten(0, 1)
-            x = layer.cross_attention(x, key=key, value=value, mask=mask)
+            x = _cross_attention_step(layer.cross_attention, x=x, key=key, value=value, state=state)
         x = layer.ffn(x)
+    cache.end()
     state.length = length + 1
     return decoder.finish(x).view(rows, -1), state
 
 
 def _self_attention_step(
-    block: SelfAttention, *, x: Tensor, cache: Tensor, bias: Tensor | None, rotations: dict[RotationKey, Rotation]
+    block: SelfAttention,
+    *,
+    x: Tensor,
+    cache: TokenCache,
+    start: int,
+    bias: Tensor | None,
+    rotations: dict[RotationKey, Rotation],
 ) -> Tensor:
-    """Self-attention of one token [B, K, D] to `cache` [t + 1, B*K, 2 * M * H], whose last row it writes."""
-    length, rows, _ = cache.shape
-    fused = block.qkv(block.enter(x)).view(rows, 1, -1)
+    """Self-attention of one token [B, K, D] to itself and those in `cache`, to which it is added."""
+    fused = block.qkv(block.enter(x)).view(x.shape[0] * x.shape[1], 1, -1)
     rotation: Rotation | None = None
     if block.rotary is not None:
         if block.rotary.key not in rotations:
-            places = torch.full((1, 1), length - 1, device=x.device)
+            places = torch.full((1, 1), cache.length, device=x.device)
             rotations[block.rotary.key] = block.rotary.rotation(places)
         rotation = rotations[block.rotary.key]
-    query, key, value = block.split(fused, rotation=rotation)
-    entry = cache[-1].view(rows, 2, block.num_key_value_heads, block.head_dim)
-    entry[:, 0].copy_(key[:, 0])
-    entry[:, 1].copy_(value[:, 0])
-    first = 0 if block.params.window is None else max(0, length - block.params.window)
-    past = cache[first:].view(length - first, rows, 2, block.num_key_value_heads, block.head_dim)
-    keys, values = past.permute(2, 1, 0, 3, 4).unbind(0)
-    if bias is not None:
-        bias = bias[..., bias.shape[-1] - (length - first) :]
-    heads = block.attend(query, key=keys, value=values, mask=None, bias=bias)
+    heads = cache.attend(block, start=start, heads=block.split(fused, rotation=rotation), bias=bias)
     return block.leave(x, block.output(heads.view(*x.shape[:2], -1)))
+
+
+def _cross_attention_step(block: CrossAttention, *, x: Tensor, key: Tensor, value: Tensor, state: NestedMap) -> Tensor:
+    """Cross-attention of one token [B, K, D] to the sources."""
+    counts, mask = state.memory_counts, state.memory_mask
+    if not state.lookup or (counts is None and mask is not None):
+        out: Tensor = block(x, key=key, value=value, mask=mask)
+        return out
+    heads = attend_shared(block.project_query(x), key=key, value=value, counts=counts, scale=block.scale)
+    return block.leave(x, block.output(heads.flatten(2)))
 
 
 def select(state: NestedMap, *, sources: Tensor, hyps: Tensor) -> NestedMap:
@@ -180,7 +187,7 @@ def select(state: NestedMap, *, sources: Tensor, hyps: Tensor) -> NestedMap:
     same_sources = new[0] == old[0] and bool(torch.equal(sources, kept))
     rows = (sources.unsqueeze(1) * old[1] + hyps).view(-1)
     if not (new == old and bool(torch.equal(rows, torch.arange(rows.numel(), device=rows.device)))):
-        _reorder(state, rows=rows, before=old[0] * old[1])
+        state.cache.select(rows, before=old[0] * old[1])
     if not same_sources:
         state.memory = tuple(
             None if pair is None else tuple(tensor.index_select(0, sources) for tensor in pair) for pair in state.memory
@@ -188,41 +195,40 @@ def select(state: NestedMap, *, sources: Tensor, hyps: Tensor) -> NestedMap:
         if state.memory_segment_ids is not None:
             state.memory_segment_ids = state.memory_segment_ids.index_select(0, sources)
             state.memory_mask = _mask(state.memory_segment_ids)
+            _count_memory(state)
     state.num_sources, state.num_hypotheses = new
     return state
 
 
-def _reorder(state: NestedMap, *, rows: Tensor, before: int) -> None:
-    """Gathers hypotheses `rows` of the cache's `before` into the spare buffer, and swaps the two."""
-    length, count = state.length, rows.numel()
-    if length == 0:
-        return
-    width = state.width
-    needed = length * count * width
-    room = max(INITIAL_CAPACITY, 2 * length) * count * width
-    spare: Tensor | None = state.spare
-    if spare is None or spare.numel() < needed:
-        spare = state.cache.new_empty(max(state.cache.numel(), room))
-    source = state.cache[: length * before * width].view(length, before, width)
-    torch.index_select(source, 1, rows, out=spare[:needed].view(length, count, width))
-    state.cache, state.spare = spare, state.cache
+def _fits_lookup(decoder: StepStack, *, like: Tensor) -> bool:
+    """Whether all attentions of `decoder` are such as the extension computes."""
+    layers = _layers(decoder)
+    blocks = [block for layer in layers for block in (layer.self_attention, layer.cross_attention) if block]
+    plain = not any(block.training or block.params.soft_cap is not None for block in blocks)
+    return plain and fits_lookup(like, head_dims=tuple(block.head_dim for block in blocks))
 
 
-def _reserve(decoder: StepStack, *, state: NestedMap) -> None:
-    """Makes room for one more token in the cache and in the remembered biases."""
-    rows, length, width = state.num_sources * state.num_hypotheses, state.length, state.width
-    if state.cache.numel() < (length + 1) * rows * width:
-        larger = state.cache.new_empty(max(INITIAL_CAPACITY, 2 * length) * rows * width)
-        larger[: length * rows * width] = state.cache[: length * rows * width]
-        state.cache, state.spare = larger, None
-    capacity = max((bias.shape[-1] for bias in state.history if bias is not None), default=length + 1)
-    if capacity < length + 1:
+def _count_memory(state: NestedMap) -> None:
+    """Sets `memory_counts` where padding only follows what is real."""
+    state.memory_counts = None
+    if state.lookup and state.memory_segment_ids is not None:
+        real = state.memory_segment_ids > 0
+        counts = real.sum(dim=1)
+        if bool((real == (torch.arange(real.shape[1]) < counts.unsqueeze(1))).all()):
+            state.memory_counts = counts
+
+
+def _extend_biases(decoder: StepStack, *, state: NestedMap) -> None:
+    """Makes the remembered biases long enough for one more token."""
+    needed = state.length + 1
+    capacity = max((bias.shape[-1] for bias in state.history if bias is not None), default=needed)
+    if capacity < needed:
         _remember_biases(decoder, state=state, capacity=2 * capacity)
 
 
 def _remember_biases(decoder: StepStack, *, state: NestedMap, capacity: int) -> None:
     """Computes each layer's position bias of a token on the `capacity` tokens up to itself."""
-    like = state.cache
+    like = state.like
     shared: Tensor | None = None
     if decoder.position_bias is not None:
         shared = decoder.position_bias.history(capacity, device=like.device).to(like.dtype).contiguous()

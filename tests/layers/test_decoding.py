@@ -27,9 +27,11 @@ def full(model: EncoderDecoder, *, source: NestedMap, row: int, tokens: list[int
     return model.logits(hidden)[0, -1]
 
 
+@pytest.mark.parametrize("native", ["1", "0"])
 @pytest.mark.parametrize("name", sorted(CHANGES))
-def test_random_searches_are_the_full_forward(name: str) -> None:
-    """Random choices of sources and hypotheses, with the number of hypotheses changing."""
+def test_random_searches_are_the_full_forward(name: str, native: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Random choices of sources and hypotheses, with the number of hypotheses changing; with either cache."""
+    monkeypatch.setenv("MEGASEQ_NATIVE", native)
     model = model_of(name)
     generator = torch.Generator().manual_seed(8)
     source = sources(4)
