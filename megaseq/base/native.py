@@ -6,7 +6,11 @@ Every function of the extension has a NumPy or torch twin that gives the same va
 - data/order.py `permute`, data/packing.py `pack`: integers, equal element by element.
 - kernels/dropout: `dropout_mask`, `dropout_apply` and `dropout_apply_runs`; the formula is in csrc/dropout.h.
 
-One is equal but for rounding: attention within segments, kernels/attention/host.py, whose twin is segments.py.
+Three are equal but for rounding:
+
+- attention within segments, kernels/attention/host.py, whose twin is segments.py;
+- attention to places of a cache, kernels/attention/lookup.py, whose twin is MovingCache of layers/token_cache.py;
+- the best log-probabilities, decode/log_softmax.py.
 
 `MEGASEQ_NATIVE=0` switches the extension off, which is how the tests reach the twins.
 """
