@@ -1,0 +1,18 @@
+#!/usr/bin/env bash
+# Trains on the machines of a hostfile with the DeepSpeed launcher, which reaches them over ssh with pdsh.
+#   bash launch/deepspeed.sh HOSTFILE NAME [arguments of megaseq train]
+# MEGASEQ_DEEPSPEED holds further options of the launcher, as "--launcher openmpi" or "--master_addr 10.0.0.1".
+set -euo pipefail
+
+if [ "$#" -lt 2 ]; then
+  echo "megaseq: launch/deepspeed.sh: must be given a hostfile and an experiment, but is given $# arguments." >&2
+  exit 2
+fi
+hostfile="$1"
+shift
+
+# A typing error is told in one line here, and in a traceback by the launcher.
+megaseq hosts "$hostfile"
+
+read -r -a options <<<"${MEGASEQ_DEEPSPEED:-}"
+exec deepspeed --hostfile "$hostfile" "${options[@]}" --module megaseq train "$@"
