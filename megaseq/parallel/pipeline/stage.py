@@ -116,6 +116,9 @@ def make_scheduled_stage(
 def _sendable(tensor: Tensor, *, dtype: torch.dtype) -> Tensor:
     """Returns an activation as it goes to the next stage: dense, and no view, which could not be detached in place."""
     tensor = tensor.to(dtype).contiguous()
+    if torch.is_grad_enabled() and not tensor.requires_grad:
+        # All before it is frozen; the schedule sends a gradient back nevertheless, which ends here.
+        return tensor.detach().requires_grad_()
     return tensor.clone() if tensor._is_view() else tensor
 
 
