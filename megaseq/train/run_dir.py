@@ -93,6 +93,8 @@ class RunDirectory:
     def prepare(self, params: Run.Params, *, allow_changed_params: bool = False) -> list[str]:
         """Makes the directory ready for `params`; returns the lines in which they differ from the run's own so far.
 
+        The layout, that is `parallel`, may always differ.
+
         Raises:
             TrainingError: the directory holds something else, another experiment's run, this one's with other params
                 and `allow_changed_params` is off, or a process trains in it; or it cannot be written.
@@ -176,10 +178,13 @@ class RunDirectory:
                 "Choose another directory",
                 kind=TrainingError,
             )
-        changes = list(before.diff(params))
+        # Where and how a run is computed is no part of what it computes: any layout goes on from any other.
+        moved = before.copy()
+        moved.parallel = params.parallel.copy()
+        changes = list(moved.diff(params))
         if changes and not allowed:
             raise ChangedParamsError(self.path, changes)
-        return changes
+        return list(before.diff(params))
 
     def write_status(self, *, step: int, status: str) -> None:
         """Records how far training is: `running`, `stopped`, `finished` or `failed`, after `step` steps."""
@@ -218,5 +223,3 @@ def read_run_params(text: str, *, filename: str) -> Run.Params:
             filename, "hold the params of a run", type(params).__qualname__, "Check the path", kind=TrainingError
         )
     return params
-
-

@@ -286,6 +286,20 @@ def test_changed_params_are_refused_unless_allowed(tmp_path: Path) -> None:
     assert RunDirectory(tmp_path / "run").read_params() == params
 
 
+def test_a_run_may_go_on_with_another_layout(tmp_path: Path) -> None:
+    params = run_params(tmp_path, max_steps=4)
+    Trainer(params, run_dir=tmp_path / "run").fit()
+    params.parallel.zero.bucket_elements = 1000
+    recorder = Recorder()
+    Trainer(params, run_dir=tmp_path / "run", callbacks=[recorder]).fit()
+    assert RunDirectory(tmp_path / "run").read_params() == params
+    params.train.max_steps = 6
+    params.parallel.timeout_seconds = 60.0
+    with pytest.raises(ChangedParamsError) as caught:
+        Trainer(params, run_dir=tmp_path / "run")
+    assert caught.value.changes == ["train.max_steps : 4 -> 6"]
+
+
 def test_directory_of_something_else_is_refused(tmp_path: Path) -> None:
     params = run_params(tmp_path)
     with pytest.raises(TrainingError, match="must be a run directory, empty or new"):
