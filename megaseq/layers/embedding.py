@@ -54,9 +54,6 @@ class Embedding(Layer):
         first, number = self.span or (0, 0)
         places = ids - first
         elsewhere = (places < 0) | (places >= number)
-        if number == 0:  # fewer tokens than ranks
-            vectors = self.weight.sum() + self.weight.new_zeros(*ids.shape, self.weight.shape[1])
-        else:
-            found = functional.embedding(torch.where(elsewhere, 0, places), self.weight)
-            vectors = found.masked_fill(elsewhere.unsqueeze(-1), 0.0)
+        found = functional.embedding(torch.where(elsewhere, 0, places), self.weight)
+        vectors = found.masked_fill(elsewhere.unsqueeze(-1), 0.0)
         return vectors if self.ranks is None else self.ranks.sum(vectors)

@@ -68,6 +68,8 @@ class LayerNorm(Norm):
 
     def forward(self, x: Tensor, *, tokens: Tokens | None = None) -> Tensor:
         """Normalises `x` [..., D], which has `tokens`; returns [..., D]."""
+        if self.ranks is None:
+            return functional.layer_norm(x, self.shape, self.weight, self.bias, self.params.eps)
         weight = self.whole(self.weight, tokens=tokens)
         bias = None if self.bias is None else self.whole(self.bias, tokens=tokens)
         return functional.layer_norm(x, self.shape, weight, bias, self.params.eps)
@@ -92,7 +94,7 @@ class RMSNorm(Norm):
 
     def forward(self, x: Tensor, *, tokens: Tokens | None = None) -> Tensor:
         """Normalises `x` [..., D], which has `tokens`; returns [..., D]."""
-        weight = self.whole(self.weight, tokens=tokens)
+        weight = self.weight if self.ranks is None else self.whole(self.weight, tokens=tokens)
         weight = weight + 1.0 if self.params.add_one else weight
         # Statistics are float32 inside; only with a weight of the input's dtype is the fused path taken.
         return functional.rms_norm(x, self.shape, weight.to(x.dtype), self.params.eps)

@@ -100,9 +100,14 @@ def _check_sizes(path: str, *, spec: ParameterSpec, rules: Mapping[str, str], me
     """Refuses heads, hidden units and experts that the ranks cannot share; a vocabulary may be divided unevenly."""
     for dim, logical in enumerate(spec.axes):
         axis = rules.get(logical or "", "")
-        if not axis or logical == "vocab" or mesh.size(axis) == 1:
+        if not axis or mesh.size(axis) == 1:
             continue
         ranks = mesh.size(axis)
+        if logical == "vocab":
+            if spec.shape[dim] < ranks:
+                rule = f"be at most the {spec.shape[dim]} tokens of {path}"
+                raise must(f"parallel.{axis}", rule, ranks, "Use fewer tensor ranks")
+            continue
         lengths = spec.parts if spec.parts and dim == 0 else (spec.shape[dim],)
         for index, length in enumerate(lengths):
             count = length // spec.granule if logical == "heads" else length

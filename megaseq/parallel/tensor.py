@@ -231,7 +231,7 @@ def shared_rows(parameter: Tensor) -> tuple[list[tuple[int, int, int]], int] | N
         and how many these rows are.
     """
     spec, shard = getattr(parameter, "spec", None), getattr(parameter, "shard", None)
-    if spec is None or shard is None or not spec.parts:
+    if spec is None or shard is None or not spec.parts or not any(shard.shared):
         return None
     rows, total = [], 0
     for part, box, shared, offset in zip(spec.parts, shard.boxes, shard.shared, _offsets(spec.parts), strict=True):

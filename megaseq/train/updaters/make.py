@@ -6,6 +6,7 @@ from megaseq.base.errors import must
 from megaseq.learner import Adafactor, Learner
 from megaseq.parallel.layout import Parallel
 from megaseq.parallel.mesh import Mesh
+from megaseq.parallel.spec import shard_of
 from megaseq.tasks.base import BaseTask
 from megaseq.train.precision import Precision
 from megaseq.train.updaters.base import Updater
@@ -25,6 +26,13 @@ def make_updater(
     Raises:
         ParamsError: the stage does not work with the other params.
     """
+    if issubclass(learner_params.optimizer.cls, Adafactor) and any(shard_of(p) for p in task.parameters()):
+        raise must(
+            "learner.optimizer",
+            "work on parts of matrices where parallel.tensor or parallel.expert is above 1",
+            "Adafactor",
+            "Its factored moments are means over whole rows and columns: use AdamW",
+        )
     if parallel.zero.stage == 0:
         return Replicated(
             task,

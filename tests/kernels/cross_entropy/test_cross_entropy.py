@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -11,6 +15,7 @@ from torch.nn import functional
 
 from megaseq.kernels import CrossEntropy, linear_cross_entropy
 from megaseq.kernels.checks import KernelError
+from megaseq.kernels.cross_entropy import LossSums, VocabularyShare
 from megaseq.kernels.cross_entropy.chunked import chunked_cross_entropy
 from megaseq.kernels.cross_entropy.reference import reference_cross_entropy
 
@@ -179,3 +184,61 @@ def test_what_does_not_fit_is_one_sentence(change: dict[str, object], words: str
     with pytest.raises(KernelError, match=words) as caught:
         linear_cross_entropy(torch.zeros(6, 4), **arguments)  # type: ignore[arg-type]
     assert str(caught.value).startswith("linear_cross_entropy: ") and "\n" not in str(caught.value)
+
+
+class Threads:
+    """Ranks that share a vocabulary, as threads of this process: sums and maxima meet at a barrier."""
+
+    def __init__(self, size: int) -> None:
+        self.barrier = threading.Barrier(size)
+        self.given: dict[int, torch.Tensor] = {}
+
+    def meet(self, rank: int, *, largest: bool) -> Callable[[torch.Tensor], torch.Tensor]:
+        def together(tensor: torch.Tensor) -> torch.Tensor:
+            self.given[rank] = tensor
+            self.barrier.wait(30)
+            stacked = torch.stack(list(self.given.values()))
+            self.barrier.wait(30)
+            return stacked.amax(dim=0) if largest else stacked.sum(dim=0)
+
+        return together
+
+
+@pytest.mark.parametrize("soft_cap", [None, 3.0])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_ranks_that_share_the_vocabulary_have_the_sums_of_the_whole(smoothing: float, soft_cap: float | None) -> None:
+    generator = torch.Generator().manual_seed(3)
+    hidden, weight = (torch.randn(n, 6, generator=generator, dtype=torch.float64) for n in (9, 7))
+    bias = torch.randn(7, generator=generator, dtype=torch.float64)
+    labels = torch.randint(0, 7, (9,), generator=generator)
+    weights = torch.tensor([1.0, 0.0, 2.0, 1.0, 1.0, 0.0, 1.0, 1.0, 0.5], dtype=torch.float64)
+    plan = CrossEntropy(label_smoothing=smoothing, z_loss=0.01, soft_cap=soft_cap, scale=0.5, chunk=4)
+    leaves = [tensor.clone().requires_grad_() for tensor in (hidden, weight, bias)]
+    whole = linear_cross_entropy(
+        leaves[0], weight=leaves[1], bias=leaves[2], labels=labels, weights=weights, settings=plan
+    )
+    expected = torch.autograd.grad(whole.loss, leaves)
+    bounds, threads = [0, 2, 7], Threads(2)
+
+    def rank(index: int) -> tuple[LossSums, tuple[torch.Tensor, ...]]:
+        part = slice(bounds[index], bounds[index + 1])
+        own = [tensor.clone().requires_grad_() for tensor in (hidden, weight[part], bias[part])]
+        share = VocabularyShare(
+            first=part.start,
+            size=7,
+            total=threads.meet(index, largest=False),
+            maximum=threads.meet(index, largest=True),
+        )
+        sums = linear_cross_entropy(
+            own[0], weight=own[1], bias=own[2], labels=labels, weights=weights, settings=plan, vocabulary=share
+        )
+        return sums, torch.autograd.grad(sums.loss, own)
+
+    with ThreadPoolExecutor(2) as pool:
+        (first, of_first), (second, of_second) = pool.map(rank, range(2))
+    for mine, other, all_of_it in zip(first, second, whole, strict=True):
+        torch.testing.assert_close(mine, all_of_it)
+        torch.testing.assert_close(other, all_of_it)
+    torch.testing.assert_close(of_first[0] + of_second[0], expected[0])
+    torch.testing.assert_close(torch.cat([of_first[1], of_second[1]]), expected[1])
+    torch.testing.assert_close(torch.cat([of_first[2], of_second[2]]), expected[2])
