@@ -12,6 +12,25 @@ Row = tuple[str, dict[str, Any], int, dict[str, Any]]
 
 BF16: dict[str, Any] = {"precision": "bf16", "accumulation": 2, "rtol": 1e-2, "parameter_tolerance": 1e-2}
 
+EXPERTS: dict[str, Any] = {
+    f"{stack}.layers.1.ffn.{name}": value
+    for stack in ("encoder", "decoder")
+    for name, value in {
+        "cls": "megaseq.layers.moe.MixtureOfExperts",
+        "num_experts": 4,
+        "hidden_dim": 32,
+        "router.jitter": 0.01,
+    }.items()
+}
+"""A mixture of experts in every second layer."""
+DROPPING = EXPERTS | {f"{stack}.layers.1.ffn.router.capacity_factor": 1.0 for stack in ("encoder", "decoder")}
+KEY_HEADS: dict[str, Any] = {
+    "encoder.layer.self_attention.num_key_value_heads": 1,
+    "decoder.layer.self_attention.num_key_value_heads": 1,
+    "decoder.layer.cross_attention.num_key_value_heads": 2,
+}
+"""Fewer key heads than tensor ranks."""
+
 ROWS: list[Row] = [
     ("accumulation4", {}, 1, {"accumulation": 4}),
     ("dp2", {"data": 2}, 2, {}),
@@ -45,6 +64,20 @@ ROWS: list[Row] = [
     ("tp4", {"tensor": 4}, 4, {}),
     ("dp2-tp2", {"data": 2, "tensor": 2}, 4, {}),
     ("dp2-tp2-sequence", {"data": 2, "tensor": 2, "sequence": True}, 4, {}),
+    ("dp2-tp2-zero1", {"data": 2, "tensor": 2, "zero.stage": 1}, 4, {}),
+    ("dp2-tp2-zero2", {"data": 2, "tensor": 2, "zero.stage": 2}, 4, {}),
+    ("dp2-tp2-zero3", {"data": 2, "tensor": 2, "zero.stage": 3}, 4, {}),
+    ("dp2-tp2-sequence-zero2", {"data": 2, "tensor": 2, "sequence": True, "zero.stage": 2}, 4, {"accumulation": 2}),
+    ("dp2-tp2-sequence-zero3", {"data": 2, "tensor": 2, "sequence": True, "zero.stage": 3}, 4, {"varying": True}),
+    ("tp4-sequence-shared-key-heads", {"tensor": 4, "sequence": True}, 4, {"task": KEY_HEADS}),
+    ("dp2-tp2-zero1-shared-key-heads", {"data": 2, "tensor": 2, "zero.stage": 1}, 4, {"task": KEY_HEADS}),
+    ("dp2-tp2-zero3-shared-key-heads", {"data": 2, "tensor": 2, "zero.stage": 3}, 4, {"task": KEY_HEADS}),
+    ("tp2-sequence-bf16", {"tensor": 2, "sequence": True}, 2, BF16),
+    ("dp2-tp2-zero1", {"data": 2, "tensor": 2, "zero.stage": 1}, 4, {}),
+    ("dp2-tp2-zero2", {"data": 2, "tensor": 2, "zero.stage": 2, "sequence": True}, 4, {}),
+    ("dp2-tp2-zero3", {"data": 2, "tensor": 2, "zero.stage": 3, "zero.persistence_elements": 0}, 4, {}),
+    ("dp2-pp2-zero1", {"data": 2, "pipe": 2, "zero.stage": 1}, 4, {"varying": True}),
+    ("dp2-pp2-zero2", {"data": 2, "pipe": 2, "zero.stage": 2}, 4, {}),
     ("pp2-gpipe", {"pipe": 2, "pipeline.schedule": "gpipe"}, 2, {}),
     ("pp2-1f1b", {"pipe": 2}, 2, {"accumulation": 4}),
     ("pp2-interleaved", {"pipe": 2, "pipeline.schedule": "interleaved"}, 2, {"varying": True}),
@@ -54,6 +87,20 @@ ROWS: list[Row] = [
     ("dp2-pp2", {"data": 2, "pipe": 2}, 4, {}),
     ("tp2-pp2", {"tensor": 2, "pipe": 2}, 4, {"varying": True}),
     ("tp2-pp2-sequence", {"tensor": 2, "pipe": 2, "sequence": True}, 4, {"varying": True}),
+    ("experts-accumulation4", {}, 1, {"task": DROPPING, "accumulation": 4}),
+    ("ep2", {"data": 2, "expert": 2}, 2, {"task": EXPERTS}),
+    ("ep2-dropping", {"data": 2, "expert": 2}, 2, {"task": DROPPING, "accumulation": 2}),
+    ("ep2-dp2", {"data": 4, "expert": 2}, 4, {"task": EXPERTS, "varying": True}),
+    ("cp2-ring", {"context": 2}, 2, {}),
+    ("cp2-ulysses", {"context": 2, "context_method": "ulysses"}, 2, {}),
+    ("cp2-padded", {"context": 2}, 2, {"shorten": 1, "accumulation": 2}),
+    ("cp2-tp2", {"context": 2, "tensor": 2}, 4, {"varying": True}),
+    ("cp2-ulysses-padded", {"context": 2, "context_method": "ulysses"}, 2, {"shorten": 3}),
+    ("cp2-pp2", {"context": 2, "pipe": 2}, 4, {"varying": True}),
+    ("cp2-tp2-sequence", {"context": 2, "tensor": 2, "sequence": True}, 4, {}),
+    ("ep2-tp2", {"data": 2, "expert": 2, "tensor": 2}, 4, {"task": EXPERTS}),
+    ("dp2-cp2", {"data": 2, "context": 2}, 4, {}),
+    ("ep2-cp2", {"data": 2, "expert": 2, "context": 2}, 4, {"task": EXPERTS}),
 ]
 
 

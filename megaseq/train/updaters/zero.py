@@ -23,8 +23,10 @@ from megaseq.tasks.base import BaseTask, LossOutput
 from megaseq.train.precision import Precision, low_precision_parameters
 from megaseq.train.updaters.deepspeed_config import deepspeed_config
 from megaseq.train.updaters.deepspeed_package import start_deepspeed
+from megaseq.train.updaters.frozen import frozen_of
 from megaseq.train.updaters.gathered import gathered
 from megaseq.train.updaters.shares import Described, Fragment, fragments_of, shares_of
+from megaseq.train.updaters.tied_gradients import TiedGradients
 
 PREFIX = "task."
 WORLD_AXES = ("data", "pipe", "context", "tensor")
@@ -95,9 +97,11 @@ class Zero:
             named_parameters=parameters, deferred=True, known=names_of_all_stages(list(parameters), mesh=mesh)
         )
         exact = self._lower(task, precision=precision)
-        self._frozen = {name: parameters[name] for name in self.learner.frozen}
-        for parameter in self._frozen.values():
-            parameter.requires_grad_(False)
+        for name in self.learner.frozen:
+            parameters[name].requires_grad_(False)
+        self._tied = TiedGradients(
+            {name: parameters[name] for name in self.learner.trainable}, mesh=mesh, kept=self._stage == 2
+        )
         self._module = LossModule(task)
         groups = _by_dtype(self.learner.assignment.groups)
         optimizer = ShareOptimizer(groups, update=self._update_share)
@@ -110,6 +114,10 @@ class Zero:
         self._index = {id(share): index for index, share in enumerate(self._shares)}
         self._fragments = fragments_of(self._zero, stage=self._stage, described=described)
         self.learner.take_shares(self._share_groups(groups))
+        self._frozen = [
+            frozen_of(parameters[name], about=described[id(parameters[name])], exact=exact)
+            for name in self.learner.frozen
+        ]
         self._data_ranks = mesh.size("data", "context") if mesh is not None else 1
         self._norm_group = mesh.group(*WORLD_AXES) if mesh is not None else None
         self._step = 0
@@ -179,13 +187,31 @@ class Zero:
 
     def before_stage_backward(self) -> None:
         """See `Updater.before_stage_backward`."""
+        if self._stage == 2:
+            # What the engine's own forward and backward do around autograd; here a schedule calls it.
+            self._zero.clear_backward_seen_flag()
+            self._zero.set_gradient_accumulation_boundary(False)
+            self.engine._running_engine_backward = True
+            self._zero.enter_backward()
 
     def after_stage_backward(self) -> None:
         """See `Updater.after_stage_backward`."""
+        if self._stage == 2:
+            self._zero.overlapping_partition_gradients_reduce_epilogue()
+            self._zero.exit_backward()
+            self.engine._running_engine_backward = False
+        # Stage 1 keeps the sum of bf16 gradients in fp32.
+        self._zero.backward_epilogue()
 
     def update(self, *, step: int) -> UpdateStats:
         """See `Updater.update`."""
         self._step = step
+        if self._stage == 1:
+            # Some schedules leave gradients without telling autograd's hooks, which make the buckets.
+            self._zero.setup_buckets()
+            self._tied.sum_gradients(self._zero.get_param_gradient_attribute)
+        elif self._stage == 2:
+            self._tied.sum_kept()
         self.engine.step()
         stats = self._stats
         if stats is None or stats.step != step:
@@ -196,6 +222,7 @@ class Zero:
 
     def _decide(self, *_: Any) -> Any:
         """Decides on the update from the true norm; DeepSpeed is told one that changes nothing."""
+        self._add_tied()
         # DeepSpeed has averaged over data-parallel ranks what is to be summed.
         squares = global_norm(list(self._counted_gradients()), reduce=self._sum_over_ranks, device=self._device)
         self._stats = self.learner.decide(step=self._step, norm=squares * self._data_ranks)
@@ -222,6 +249,16 @@ class Zero:
             gradient.reshape(-1)[: fragment.length] for fragment, gradient in zip(row, listed[: len(row)], strict=True)
         ]
 
+    def _add_tied(self) -> None:
+        """Puts the gradients of tied tensors, which stage 2 was not shown, where they belong in the shares."""
+        kept = self._tied.kept
+        for index, row in enumerate(self._fragments if kept else ()):
+            for fragment, gradient in zip(row, self._gradients(index, row), strict=True):
+                if fragment.parameter.name in kept:
+                    total = kept[fragment.parameter.name].view(-1)[fragment.first : fragment.first + fragment.length]
+                    gradient.copy_(total / self._data_ranks)
+        self._tied.clear()
+
     def _update_share(self, share: Tensor) -> None:
         """Called by DeepSpeed for each share, with its gradient in place."""
         stats = self._stats
@@ -247,6 +284,8 @@ class Zero:
     def publish(self) -> None:
         """See `Updater.publish`."""
         zero = self._zero
+        for frozen in self._frozen:
+            frozen.publish()
         if self._stage < 3:
             zero.update_lp_params()
             return
@@ -258,8 +297,8 @@ class Zero:
     def parameter_pieces(self) -> list[Piece]:
         """See `Updater.parameter_pieces`."""
         found = self._pieces_in(self._shares)
-        for name, parameter in self._frozen.items():
-            found.append(whole_piece(name, parameter.detach()))
+        for frozen in self._frozen:
+            found += frozen.pieces()
         names = {name for name, _ in self._task.named_parameters()}
         for name, tensor in self._task.state_dict(keep_vars=True).items():
             if name not in names:
