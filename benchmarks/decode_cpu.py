@@ -150,7 +150,7 @@ def trained(run_dir: str) -> tuple[Case, Any]:
         table = getattr(theirs.model, side).embed_positions
         # Theirs counts from one behind the padding's row.
         places = torch.arange(table.weights.shape[0] - 1)
-        table.weights[1:] = stack.positions.lookup(places, dtype=torch.float32)
+        table.weights[1:] = stack.positions.lookup(places, length=len(places), dtype=torch.float32)
         table.weights[0] = 0.0
     return Case(theirs, ours, start=BOS, least=0, most=64), model.vocabulary
 
