@@ -14,6 +14,7 @@ from megaseq.base import NestedMap
 from megaseq.checkpoint import Ranks, WarmStart, WarmStartReport
 from megaseq.checkpoint.piece import Piece
 from megaseq.learner import Learner
+from megaseq.parallel.context import shard_batch
 from megaseq.parallel.gradients import all_reduce_sum
 from megaseq.parallel.layout import Parallel
 from megaseq.parallel.mesh import Mesh
@@ -127,7 +128,7 @@ class Engine:
         batch = self.to_device(batch)
         weight = all_reduce_sum(self.task.loss_weight(batch), group=self._data_group)
         scale = 1.0 / weight.clamp_min(1e-8)
-        outputs = self._differentiate(batch, step=step, scale=scale)
+        outputs = self._differentiate(shard_batch(batch, mesh=self.mesh), step=step, scale=scale)
         update = self.updater.update(step=step)
         sums = self._read(outputs)
         loss_sum, loss_weight = sums.pop("loss")

@@ -6,9 +6,11 @@ from dataclasses import dataclass
 
 import torch
 
-from megaseq.base.errors import ParamsError, must
+from megaseq.base.errors import must
 from megaseq.layers.base import StepContext, bind, initialize
 from megaseq.parallel.apply import apply
+from megaseq.parallel.context import install_context
+from megaseq.parallel.expert import install_experts
 from megaseq.parallel.layout import Parallel
 from megaseq.parallel.mesh import Mesh
 from megaseq.parallel.pipeline import StagePlan, keep_tensors, make_plan
@@ -61,24 +63,17 @@ def build_task(
 
 
 def _divide(task: BaseTask, *, mesh: Mesh, parallel: Parallel.Params) -> None:
-    """Divides parameters over tensor and expert ranks, and installs what their layers exchange."""
-    for axis in ("expert", "context"):
-        if mesh.size(axis) > 1:
-            raise _not_yet(f"parallel.{axis}", mesh.size(axis))
+    """Divides parameters over tensor and expert ranks, and installs what layers exchange."""
     apply(task, mesh=mesh, params=parallel)
+    install_experts(task, mesh=mesh)
+    install_context(task, mesh=mesh, method=parallel.context_method)
 
 
 def _cut_stages(task: BaseTask, *, mesh: Mesh, parallel: Parallel.Params) -> StagePlan | None:
     """Leaves of the task what this rank's pipeline stages hold; parameters keep the names of the whole model."""
     if mesh.size("pipe") == 1:
         return None
-    if parallel.zero.stage:
-        raise must("parallel.zero.stage", "be 0 with parallel.pipe", parallel.zero.stage, "Set parallel.zero.stage=0")
     units = task.units() if isinstance(task, Pipelined) else ()
     plan = make_plan(units, params=parallel.pipeline, ranks=mesh.size("pipe"))
     keep_tensors(task, names=plan.tensors_of(mesh.index("pipe")))
     return plan
-
-
-def _not_yet(path: str, value: int) -> ParamsError:
-    return must(path, "be 1 in this version", value, f"Set {path}=1 and parallel.data=0")

@@ -40,6 +40,8 @@ class Case:
     precision: str = "fp32"
     varying: bool = False
     """Whether each step has lengths of its own."""
+    shorten: int = 0
+    """Tokens that the rows of both sides are shorter, so that ranks cannot share them evenly."""
     rows: int = ROWS
     steps: int = 20
     task: Mapping[str, Any] = dataclasses.field(default_factory=dict)
@@ -97,8 +99,9 @@ def learner_params() -> Learner.Params:
     )
 
 
-def packed_batch(step: int, *, rows: int = ROWS, varying: bool = False) -> NestedMap:
-    """The global batch of a step: up to three pairs a row, padding at the ends; lengths are multiples of 4."""
+def packed_batch(step: int, *, rows: int = ROWS, varying: bool = False, shorten: int = 0) -> NestedMap:
+    """The global batch of a step: up to three pairs a row, padding at the ends; lengths are multiples of 4, less
+    `shorten`."""
     generator = torch.Generator().manual_seed(1000 + step)
     lengths = (SOURCE_LENGTH, TARGET_LENGTH)
     if varying:
@@ -116,7 +119,7 @@ def packed_batch(step: int, *, rows: int = ROWS, varying: bool = False) -> Neste
         ids = torch.randint(4, VOCAB, (rows, length), generator=generator) * (segment_ids > 0)
         return NestedMap(ids=ids, segment_ids=segment_ids, positions=positions)
 
-    source, target = side(lengths[0]), side(lengths[1])
+    source, target = side(lengths[0] - shorten), side(lengths[1] - shorten)
     target.weights = (target.segment_ids > 0).float()
     # Something to learn: the label is a function of the token before it.
     target.labels = (target.ids * 7 + 3) % VOCAB * (target.segment_ids > 0)
@@ -155,7 +158,8 @@ def train_rank(rank: int, case: Case) -> Trained | None:
     engine = make_engine(case, rank=rank)
     losses, norms = [], []
     for step in range(case.steps):
-        batch = local_rows(packed_batch(step, rows=case.rows, varying=case.varying), mesh=engine.mesh)
+        whole = packed_batch(step, rows=case.rows, varying=case.varying, shorten=case.shorten)
+        batch = local_rows(whole, mesh=engine.mesh)
         result = engine.train_step(batch, step=step)
         assert not result.skipped
         losses.append(result.loss_sum / result.weight)
