@@ -14,7 +14,7 @@ from megaseq.layers.decoding_part import DecodingPart
 from megaseq.layers.encoder_decoder import EncoderDecoder
 from megaseq.parallel.layout import Parallel
 from megaseq.parallel.mesh import Mesh
-from megaseq.parallel.pipeline import PipelinedDecoder, PipelineJob, PipelineRunner, StagePlan
+from megaseq.parallel.pipeline import PipelinedDecoder, PipelineJob, StagePlan
 from megaseq.parallel.pipeline_params import micro_batches_of
 from megaseq.parallel.spec import Pipelined
 from megaseq.tasks.base import BaseTask, LossOutput
@@ -57,6 +57,9 @@ class PipelinedTask:
         self._device = device
         self._dtype = torch.bfloat16 if precision == "bf16" else torch.float32
         self._parts = micro_batches_of(parallel.pipeline, accumulation=accumulation, ranks=mesh.size("pipe"))
+        # Imported where it is used: torch's schedules take as long as torch itself.
+        from megaseq.parallel.pipeline.runner import PipelineRunner
+
         self._runner = PipelineRunner(task, plan=plan, mesh=mesh, device=device)
         self._names: dict[bool, list[str]] = {}
         self._install()

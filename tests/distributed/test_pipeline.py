@@ -13,7 +13,8 @@ from megaseq.layers.base import StepContext, bind, initialize
 from megaseq.parallel.layout import resolve_layout
 from megaseq.parallel.layout import Parallel
 from megaseq.parallel.mesh import Mesh
-from megaseq.parallel.pipeline import PipelineRunner, StagePlan, TiedTensors, keep_tensors, make_plan
+from megaseq.parallel.pipeline import StagePlan, TiedTensors, keep_tensors, make_plan
+from megaseq.parallel.pipeline.runner import PipelineRunner
 from megaseq.parallel.pipeline.job import PipelineJob
 from megaseq.parallel.pipeline_params import Pipeline
 from megaseq.tasks.translation import Translation
