@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from megaseq.base import NestedMap
 from megaseq.layers.sight import Mask, Sight
+from megaseq.layers.tokens import Tokens
 from megaseq.layers.transformer import Stack, TransformerLayer, memory_mask, positions_of
 from megaseq.parallel.spec import Flow, Unit
 
@@ -66,7 +67,7 @@ def flow_shapes(model: EncoderDecoder, *, batch: NestedMap) -> dict[str, tuple[i
         rows, tokens = ids.shape
         name = "encoder" if side == "source" else "decoder"
         # The residual stream may be shared among tensor ranks; what a stack gives is not.
-        divided = stack.stream(stack.tokens_of(ids)).divided and stack.ranks is not None
+        divided = stack.ranks is not None and stack.stream(Tokens(length=tokens)).divided
         shapes[name] = (rows, tokens // stack.ranks.size if divided and stack.ranks is not None else tokens)
         shapes["memory" if side == "source" else OUTPUT] = (rows, tokens)
     return shapes
@@ -117,6 +118,7 @@ class UnitRun:
         self._batch = batch
         self._sights: dict[str, Sight] = {}
         self._memory_mask: Mask | None = None
+        self._has_mask = False
 
     def run(self, carry: Mapping[str, Tensor], *, unit: Unit) -> dict[str, Tensor]:
         """Runs one unit on what the unit before it left; returns what it leaves."""
@@ -142,25 +144,21 @@ class UnitRun:
         return self._model.encoder if name == "encoder" else self._model.decoder
 
     def _start(self, stack: str, carry: Mapping[str, Tensor]) -> Tensor:
-        if stack == "encoder":
-            source = self._batch.source
-            segment_ids, positions = places_of(source)
-            x = self._model.source_embedding(source.ids)
-            x, self._sights[stack] = self._model.encoder.start(
-                x, segment_ids=segment_ids, positions=positions, row_segment_ids=source.get("row_segment_ids")
-            )
-            return x
-        target = self._batch.target
-        segment_ids, positions = places_of(target)
-        x = self._model.embed_target(target.ids)
-        x, self._sights[stack] = self._model.decoder.start(
-            x, segment_ids=segment_ids, positions=positions, row_segment_ids=target.get("row_segment_ids")
+        side = self._side(stack)
+        segment_ids, positions = places_of(side)
+        embed = self._model.source_embedding if stack == "encoder" else self._model.embed_target
+        x, self._sights[stack] = self._stack(stack).start(
+            embed(side.ids), segment_ids=segment_ids, positions=positions, row_segment_ids=side.get("row_segment_ids")
         )
-        return _Anchor.apply(x, carry["memory"])  # type: ignore[no-untyped-call, no-any-return]
+        return x if stack == "encoder" else _anchor(x, memory=carry["memory"])
+
+    def _side(self, stack: str) -> NestedMap:
+        side: NestedMap = self._batch.source if stack == "encoder" else self._batch.target
+        return side
 
     def _sight(self, stack: str) -> Sight:
         if stack not in self._sights:
-            side = self._batch.source if stack == "encoder" else self._batch.target
+            side = self._side(stack)
             segment_ids, positions = places_of(side)
             self._sights[stack] = self._stack(stack).sight(
                 segment_ids=segment_ids, positions=positions, row_segment_ids=side.get("row_segment_ids")
@@ -168,13 +166,14 @@ class UnitRun:
         return self._sights[stack]
 
     def _mask(self) -> Mask | None:
-        if self._memory_mask is None:
+        if not self._has_mask:
             source = self._batch.source
             self._memory_mask = memory_mask(
                 self._sight("decoder"),
-                memory_segment_ids=places_of(source)[0],
+                memory_segment_ids=source.get("segment_ids"),
                 memory_row_segment_ids=source.get("row_segment_ids"),
             )
+            self._has_mask = True
         return self._memory_mask
 
 
@@ -194,6 +193,11 @@ class _Anchor(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         """Returns the gradient of `x`; that of `memory` is zero."""
         return gradient, None
+
+
+def _anchor(x: Tensor, *, memory: Tensor) -> Tensor:
+    anchored: Tensor = _Anchor.apply(x, memory)  # type: ignore[no-untyped-call]
+    return anchored
 
 
 def places_of(side: NestedMap) -> tuple[Tensor | None, Tensor]:

@@ -59,6 +59,7 @@ LAYOUTS: list[tuple[dict[str, Any], int]] = [
     ({"pipe": 4, "pipeline.schedule": "interleaved", "pipeline.split": (1, 1, 1, 1, 1, 1, 1, 2)}, 4),
     ({"data": 2, "pipe": 2}, 4),
     ({"tensor": 2, "pipe": 2, "sequence": True}, 4),
+    ({"context": 2, "pipe": 2}, 4),
 ]
 
 
