@@ -6,6 +6,7 @@ import contextlib
 import errno
 import os
 import socket
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,15 @@ from torch import Tensor
 
 import megaseq.checkpoint.storage as storage
 from megaseq.base.errors import CheckpointError
-from megaseq.checkpoint import Checkpointer, Piece, fragment_pieces, load_checkpoint, shard_pieces, whole_piece
+from megaseq.checkpoint import (
+    Checkpointer,
+    Piece,
+    fragment_pieces,
+    init_from,
+    load_checkpoint,
+    shard_pieces,
+    whole_piece,
+)
 from megaseq.checkpoint.ranks import Ranks
 from megaseq.parallel.spec import Box, Shard
 from tests.distributed.harness import run_ranks
@@ -346,3 +355,31 @@ def test_a_lost_rank_is_one_line_and_the_checkpoint_before_stays(tmp_path: Path)
     said = run_ranks(part_ways, world_size=2, arguments=(str(tmp_path / "c"),))[0]
     assert "must be agreed on by 2 ranks, but is without an answer from another" in said and "\n" not in said
     check([whole_piece(*item) for item in load_checkpoint(tmp_path / "c" / "step_00000001").tensors.items()], step=1)
+
+
+def start_warm(rank: int, folder: str, size: int) -> tuple[str, int]:
+    """Begins with another run's tensors under other names; only some ranks hold those that a rule is for."""
+    ranks = Ranks()
+    pieces = cut(model(0), layout="pipe", rank=rank, size=size)
+    pieces = [replace(piece, name=piece.name.replace("task.", "task.new.")) for piece in pieces]
+    kept = {piece.name: piece.tensor.clone() for piece in pieces}
+    rules = [("cube", "never"), (r"^task\.new\.(fused|norm|embedding)", r"task.\1")]
+    with pytest.raises(CheckpointError) as caught:
+        init_from(folder, named_parameters=pieces, rules=rules, ranks=ranks)
+    assert all(torch.equal(piece.tensor, kept[piece.name]) for piece in pieces), "some were loaded, others not"
+    report = init_from(folder, named_parameters=pieces, rules=rules[1:], ranks=ranks)
+    for piece in pieces:
+        if piece.name in report.loaded:
+            check([replace(piece, name=report.loaded[piece.name])], step=7)
+        else:
+            assert torch.equal(piece.tensor, kept[piece.name])
+    return str(caught.value), len(report.loaded)
+
+
+def test_runs_of_many_ranks_start_warm(tmp_path: Path) -> None:
+    checkpointer = Checkpointer.Params().instantiate(directory=tmp_path)
+    checkpointer.save(step=1, tensors=model(7), state={}, wait=True)
+    results = run_ranks(start_warm, world_size=2, arguments=(str(tmp_path), 2))
+    assert results[0] == results[1]
+    assert "task.new.never, for task.new.cube, is not in it. Mend the rules." in results[0][0]
+    assert results[0][1] == 3

@@ -25,6 +25,7 @@ LAYOUTS: dict[str, Mapping[str, Any]] = {
     "dp4-zero3": {"data": 4, "zero.stage": 3},
     "dp2-tp2-zero2": {"data": 2, "tensor": 2, "zero.stage": 2},
     "tp2-pp2": {"tensor": 2, "pipe": 2},
+    "dp2-pp2-zero1": {"data": 2, "pipe": 2, "zero.stage": 1},
     "pp4": {"pipe": 4},
 }
 """By name: what is set of `parallel`. All but the first have four ranks."""
