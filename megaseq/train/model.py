@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 import torch
 
-from megaseq.base.errors import must
 from megaseq.layers.base import StepContext, bind, initialize
 from megaseq.parallel.apply import apply
 from megaseq.parallel.context import install_context
@@ -55,11 +54,20 @@ def build_task(
     task: BaseTask = params.instantiate()
     plan: StagePlan | None = None
     if mesh is not None and parallel is not None:
-        _divide(task, mesh=mesh, parallel=parallel)
-        plan = _cut_stages(task, mesh=mesh, parallel=parallel)
+        plan = take_part(task, mesh=mesh, parallel=parallel)
     task.to(device)
     initialize(task, seed=seed, prefix="task")
     return BuiltTask(task=task, context=bind(task, seed=seed, prefix="task"), plan=plan)
+
+
+def take_part(task: BaseTask, *, mesh: Mesh, parallel: Parallel.Params) -> StagePlan | None:
+    """Leaves of a whole task what this rank computes; returns the stages, None without a pipeline.
+
+    Raises:
+        ParamsError: the task cannot be divided so.
+    """
+    _divide(task, mesh=mesh, parallel=parallel)
+    return _cut_stages(task, mesh=mesh, parallel=parallel)
 
 
 def _divide(task: BaseTask, *, mesh: Mesh, parallel: Parallel.Params) -> None:

@@ -12,6 +12,7 @@ from megaseq.base import FROM_PARENT
 from megaseq.base.errors import AsText, must
 from megaseq.data.packing import Packing
 from megaseq.layers.attention import Attention
+from megaseq.layers.transformer import Stack
 from megaseq.parallel.refusals import ModelFacts
 from megaseq.parallel.spec import ParameterSpec
 from megaseq.tasks.base import BaseTask
@@ -21,6 +22,9 @@ from megaseq.train.model_facts import model_facts
 from megaseq.train.planning.memory import MemoryModel, Numbers, Weight
 from megaseq.train.planning.trace import ModelTrace, Shape, UnitTrace, meta_task, units_of
 from megaseq.train.precision import low_precision_parameters
+
+SAMPLED_ROWS = (1, 8, 64)
+"""Rows of the micro-batches that are traced; what others keep is estimated from these."""
 
 
 def sized_task(params: Run.Params) -> BaseTask.Params:
@@ -89,14 +93,46 @@ class Subject:
 
     @functools.lru_cache(maxsize=4096)  # noqa: B019  one subject a process
     def traces(self, *, tensor: int, mode: Mode, shape: Shape) -> dict[str, UnitTrace]:
-        """Returns what each unit keeps of a micro-batch, on one of `tensor` ranks."""
+        """Returns what each unit keeps of a micro-batch of exactly this shape, on one of `tensor` ranks."""
         return self._model(tensor, mode).run(shape)
+
+    @functools.lru_cache(maxsize=4096)  # noqa: B019
+    def estimated_traces(self, *, tensor: int, mode: Mode, shape: Shape) -> dict[str, UnitTrace]:
+        """Returns what `traces` does, between traces of a few numbers of whole rows.
+
+        All that a unit keeps grows with the tokens, whether rows are more or longer, unless attention weights are
+        kept: then every shape is traced.
+        """
+        batch = self.batch
+        rows = shape.rows * shape.source_length / max(1, batch.source_length)
+        if self.keeps_attention_weights or not 0.05 < rows < SAMPLED_ROWS[-1] * 16:
+            return self.traces(tensor=tensor, mode=mode, shape=shape)
+        above = next((n for n in SAMPLED_ROWS[1:] if n >= rows), SAMPLED_ROWS[-1])
+        below = SAMPLED_ROWS[SAMPLED_ROWS.index(above) - 1]
+        low, high = (
+            self.traces(tensor=tensor, mode=mode, shape=Shape(n, batch.source_length, batch.target_length))
+            for n in (below, above)
+        )
+        share = (rows - below) / (above - below)
+        return {name: _between(low[name], high[name], share=share) for name in low}
+
+    @property
+    def keeps_attention_weights(self) -> bool:
+        """Whether some attention is not computed by a fused op, in training."""
+        stacks = [stack.attention_dropout for _, stack in self.task.find(Stack)]
+        return any(stacks) or any(attention.soft_cap is not None for _, attention in self.task.find(Attention))
 
     @functools.lru_cache(maxsize=64)  # noqa: B019
     def _model(self, tensor: int, mode: Mode) -> ModelTrace:
         own = self.params.train.activation_checkpointing
         checkpointing = own if mode == own.mode and own.rules else ActivationCheckpointing.Params(mode=mode)
         return ModelTrace(self.task, tensor=tensor, precision=self.precision, checkpointing=checkpointing)
+
+
+def _between(low: UnitTrace, high: UnitTrace, *, share: float) -> UnitTrace:
+    """Returns the trace at a share of the way from one to the other; a share may lie outside of 0 to 1."""
+    one, other = dataclasses.astuple(low), dataclasses.astuple(high)
+    return UnitTrace(*(max(0, round(a + share * (b - a))) for a, b in zip(one, other, strict=True)))
 
 
 def _batch(params: Run.Params) -> Batch:
