@@ -43,6 +43,8 @@ def run(arguments: argparse.Namespace) -> int:
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     if place.world_size == 1 or place.launcher == "slurm":
         params = _params(arguments)
+        if place.world_size == 1 and params.train.local_sgd.workers and params.train.local_sgd.worker < 0:
+            return _run_workers(params, arguments=arguments)
         from megaseq.parallel.spawn import batch_of, spawn
 
         if batch := batch_of(params.parallel, place=place):
@@ -64,6 +66,15 @@ def run(arguments: argparse.Namespace) -> int:
     with joined(place):
         _train(_params(arguments), arguments=arguments)
     return 0
+
+
+def _run_workers(params: Run.Params, *, arguments: argparse.Namespace) -> int:
+    from megaseq.train.local_sgd.launch import run_workers
+    from megaseq.train.parts import check_params
+
+    check_params(params)
+    run_dir = arguments.run_dir or f"runs/{arguments.name}"
+    return run_workers(arguments.argv, workers=params.train.local_sgd.workers, run_dir=run_dir)
 
 
 def _params(arguments: argparse.Namespace) -> Run.Params:

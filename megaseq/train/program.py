@@ -8,6 +8,7 @@ from typing import Literal
 from megaseq.base import REQUIRED, Configurable, Problem
 from megaseq.train.activation_checkpointing import ActivationCheckpointing
 from megaseq.train.early_stop import EarlyStop
+from megaseq.train.local_sgd.params import LocalSGD
 
 
 class Program(Configurable):
@@ -51,6 +52,8 @@ class Program(Configurable):
         """What layers keep for the backward pass, and what they compute again."""
         compile: bool = False
         """Whether torch.compile compiles each Transformer layer at its first call, which takes minutes."""
+        local_sgd: LocalSGD.Params = LocalSGD.Params()
+        """Workers that train on their own and meet now and then, instead of at every step."""
         early_stop: EarlyStop.Params = EarlyStop.Params()
         """Ends the run when a figure stops getting better."""
 

@@ -21,6 +21,7 @@ from megaseq.train.device import device_name
 from megaseq.train.early_stop import EarlyStop
 from megaseq.train.engine import Engine
 from megaseq.train.experiment import Run
+from megaseq.train.local_sgd.worker import Worker
 from megaseq.train.meter import Meter
 from megaseq.train.program import Program
 from megaseq.train.ranks import begin, placement
@@ -74,6 +75,7 @@ class Trainer:
         self._meter = Meter()
         self._signals = StopSignals()
         self._agreement = Agreement(self.team, signals=self._signals, time_is_up=self._time_is_up)
+        self._worker: Worker | None = None
         self._in_set_up = True
         """Whether there is nothing yet that a signal would lose."""
         self._step = 0
@@ -93,6 +95,7 @@ class Trainer:
             # Last first. Each is done whatever becomes of the others.
             stack.enter_context(self._signals)
             stack.callback(self.run_dir.unlock)
+            stack.callback(lambda: self._leave_workers(finished=status == "finished"))
             stack.callback(lambda: self._callback.on_finish(status=status))
             stack.push(lambda kind, error, trace: self._write_status(status, failed=kind is not None))
             try:
@@ -121,6 +124,10 @@ class Trainer:
         finally:
             self._signals.raises = False
 
+    def _leave_workers(self, *, finished: bool) -> None:
+        if self._worker is not None:
+            self._worker.leave(finished=finished)
+
     def _write_status(self, status: str, *, failed: bool) -> None:
         """Records how the run has ended; where it has failed, that error is told, not one of this file."""
         if not self.team.is_first:
@@ -144,8 +151,8 @@ class Trainer:
                 p,
                 vocabulary=self.vocabulary,
                 cache=cache,
-                data_rank=spread.data_rank,
-                data_ranks=spread.data_ranks,
+                data_rank=max(p.train.local_sgd.worker, 0) * spread.data_ranks + spread.data_rank,
+                data_ranks=max(p.train.local_sgd.workers, 1) * spread.data_ranks,
             )
         self.team.meet("training data")
         self.team.watchdog.beat(doing="building the model")
@@ -161,6 +168,7 @@ class Trainer:
             activation_checkpointing=p.train.activation_checkpointing,
             compiled=p.train.compile,
         )
+        self._worker = Worker.of(p.train.local_sgd, engine=self.engine, team=self.team)
         if self.team.is_first:
             write_atomically(self.run_dir.parameters_txt, f"{self.engine.learner.listing()}\n")
         self._saver = Saver(p, run_dir=self.run_dir, vocabulary=self.vocabulary, engine=self.engine)
@@ -224,6 +232,8 @@ class Trainer:
         self._announce(resumed=position is not None)
         if loaded:
             self._callback.on_message(f"begins with {loaded}")
+        if self._worker is not None:
+            self._worker.join()
         if self._pending is not None:
             self._end_set_up()
         if self._pending is not None and self._after_step(reason=self._reason_to_end(), resumed=True):
@@ -308,6 +318,8 @@ class Trainer:
             self._callback.on_progress(step=self._step)
             self.team.watchdog.beat(doing="after the step")
             reason = self._reason_to_end(time_is_up=time_is_up)
+            if self._worker is not None:
+                self._worker.after_step(last=bool(reason))
             if reason or self._step % self.params.train.log_interval_steps == 0:
                 self._log(learning_rate=result.learning_rate)
             self._pending = {}
@@ -358,6 +370,8 @@ class Trainer:
             "train/learning_rate": learning_rate,
             "train/skipped_steps": float(self.engine.learner.num_skipped),
         }
+        if self._worker is not None:
+            figures |= self._worker.figures()
         self._callback.on_metrics(figures, step=self._step)
 
     def _validate(self, *, at_end: bool, before: Mapping[str, float]) -> dict[str, float]:

@@ -22,6 +22,8 @@ from megaseq.train.local_sgd.messages import Channel, Message
 from megaseq.train.local_sgd.outer import bounds
 from megaseq.train.local_sgd.params import LocalSGD
 
+_SEED_STRIDE = 0x9E3779B9
+
 
 class Worker:
     """The exchanges of one worker. Of its ranks, the first talks to the server; all call the same methods together."""
@@ -50,6 +52,27 @@ class Worker:
         self._steps = 0
         self._pushed_at = [0] * params.fragments
         self._figures = {"exchanges": 0.0, "dropped": 0.0, "staleness": 0.0, "wait_seconds": 0.0}
+
+    @classmethod
+    def of(cls, params: LocalSGD.Params, *, engine: Engine, team: Team) -> Worker | None:
+        """Returns the worker that `params` make of this process, None where they make none.
+
+        The parameters of a worker begin as those of all, but its dropout is its own.
+
+        Raises:
+            ParamsError: there are workers, but none is this process.
+        """
+        if params.workers == 0:
+            return None
+        if params.worker < 0:
+            raise must(
+                "train.local_sgd.worker",
+                f"say which of the {params.workers} workers this process is",
+                params.worker,
+                "Give each worker its own, and the server's address; one process of megaseq train starts all itself",
+            )
+        engine.context.seed += params.worker * _SEED_STRIDE
+        return cls(params, engine=engine, team=team)
 
     # ---- coming and going ----------------------------------------------------------------------------------------
 
