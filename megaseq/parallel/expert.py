@@ -6,6 +6,8 @@ decided on, which they tell each other first.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -78,15 +80,55 @@ class Trip:
         return all_to_all(y.index_select(0, self._inverse), send=self._receive, receive=self._send, group=self._group)
 
 
+class Share:
+    """This rank's share of pairs that all ranks have alike, in place of a `Trip`; without gradient."""
+
+    def __init__(self, x: Tensor, *, counts: Tensor, names: Tensor, group: dist.ProcessGroup) -> None:
+        self._group, self._shape = group, x.shape
+        listed = counts.view(dist.get_world_size(group), -1).tolist()
+        self.counts: list[int] = listed[dist.get_rank(group)]
+        start = sum(map(sum, listed[: dist.get_rank(group)]))
+        self._own = slice(start, start + sum(self.counts))
+        self.x, self.names = x[self._own], names[self._own]
+
+    def back(self, y: Tensor) -> Tensor:
+        """Returns the results of all pairs, the same to the last bit on all ranks."""
+        whole = y.new_zeros(self._shape)
+        whole[self._own] = y
+        dist.all_reduce(whole, group=self._group)
+        return whole
+
+
 class ExpertRanks:
     """The ranks that share experts; see `megaseq.layers.moe.ExpertRanks`."""
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         self.group = group
+        self.alike = False
+        """Whether all ranks have the same tokens now, see `same_tokens`."""
 
-    def send(self, x: Tensor, *, counts: Tensor, names: Tensor) -> Trip:
+    def send(self, x: Tensor, *, counts: Tensor, names: Tensor) -> Trip | Share:
         """Sends pairs `x` [A, D], sorted by expert, `counts` [E] of each, to the ranks of their experts."""
-        return Trip(x, counts=counts, names=names, group=self.group)
+        kind = Share if self.alike else Trip
+        return kind(x, counts=counts, names=names, group=self.group)
+
+
+@contextlib.contextmanager
+def same_tokens(task: nn.Module) -> Iterator[None]:
+    """Within it the ranks that share the experts of `task` have the same tokens, as in decoding.
+
+    They then take as many steps as each other, because what they compute is the same to the last bit: the results of
+    an expert come from the rank that holds it, whatever else that rank multiplies it with.
+    """
+    found = {id(m.expert_ranks): m.expert_ranks for m in task.modules() if isinstance(m, _Mixture)}
+    ranks = [each for each in found.values() if each is not None]
+    for each in ranks:
+        each.alike = True
+    try:
+        yield
+    finally:
+        for each in ranks:
+            each.alike = False
 
 
 @runtime_checkable

@@ -15,6 +15,7 @@ from megaseq.data.tokenizer import Tokenizer
 from megaseq.data.vocabulary import Vocabulary
 from megaseq.decode.concurrent import default_workers, map_concurrently
 from megaseq.decode.hypothesis import Hypothesis
+from megaseq.parallel.expert import same_tokens
 from megaseq.tasks.base import BaseTask
 from megaseq.tasks.scoring import Score, corpus_scores
 from megaseq.train.run_dir import write_atomically
@@ -114,7 +115,8 @@ def decode_texts(
         return task.decode(batch, search=search, keys=keys)
 
     own = spread.deal(groups)
-    results = map_concurrently(decode, items=own, workers=default_workers(device), keep_going=keep_going)
+    with same_tokens(task):
+        results = map_concurrently(decode, items=own, workers=default_workers(device), keep_going=keep_going)
     found: dict[int, list[tuple[str, float, float]]] = {}
     for group, hypotheses in zip(own, results, strict=True):
         for index, best in zip(group or [], hypotheses or [], strict=hypotheses is not None):

@@ -196,6 +196,10 @@ class Engine:
         finally:
             self.task.train()
 
+    def to_local(self, batch: NestedMap) -> NestedMap:
+        """Returns what this process computes of `batch`, on its device: all of it, or its tokens of every row."""
+        return shard_batch(self.to_device(batch), mesh=self.mesh)
+
     def to_device(self, batch: NestedMap) -> NestedMap:
         """Returns `batch` with its tensors on the engine's device."""
         return move(batch, device=self.device)

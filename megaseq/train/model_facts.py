@@ -7,6 +7,7 @@ from typing import Any
 from megaseq.base.unset import Unset
 from megaseq.data.packing import Packing
 from megaseq.layers.attention import Attention
+from megaseq.layers.moe import MixtureOfExperts
 from megaseq.parallel.refusals import ModelFacts
 from megaseq.train.experiment import Run
 
@@ -20,11 +21,17 @@ def model_facts(params: Run.Params) -> ModelFacts:
             continue
         heads[f"task.{path}"] = attention.num_heads
         key_heads[f"task.{path}"] = attention.num_key_value_heads or attention.num_heads
+    experts = {
+        f"task.{path}": mixture.num_experts
+        for path, mixture in params.task.find(MixtureOfExperts)
+        if not isinstance(mixture.num_experts, Unset)
+    }
     batching: Any = params.train_input.batching
     packed = isinstance(batching, Packing.Params)
     return ModelFacts(
         num_heads=heads,
         num_key_value_heads=key_heads,
+        num_experts=experts,
         rows=batching.rows if packed else 0,
         source_length=batching.source_length if packed else 0,
         target_length=(batching.target_length or batching.source_length) if packed else 0,

@@ -24,7 +24,8 @@ class Spread:
     mesh: Mesh | None = None
     team: Team | None = None
     decodes_apart: bool = True
-    """Whether data ranks decode different texts. Not under ZeRO stage 3, where a forward pass of one needs all."""
+    """Whether data ranks decode different texts. Not under ZeRO stage 3, where a forward pass of one needs all; ranks
+    that share experts decode the same texts as each other in any case."""
     device: torch.device | str = "cpu"
 
     @property
@@ -44,8 +45,10 @@ class Spread:
         """
         if not self.decodes_apart:
             return list(items)
-        rounds = -(-len(items) // self.data_ranks)
-        places = range(self.data_rank, rounds * self.data_ranks, self.data_ranks)
+        # Ranks that share experts take the same steps, so that none waits for one that is done.
+        rank, ranks = (0, 1) if self.mesh is None else (self.mesh.index("expert_data"), self.mesh.size("expert_data"))
+        rounds = -(-len(items) // ranks)
+        places = range(rank, rounds * ranks, ranks)
         return [items[place] if place < len(items) else None for place in places]
 
     def collect(self, found: Mapping[int, list[tuple[str, float, float]]]) -> dict[int, list[tuple[str, float, float]]]:

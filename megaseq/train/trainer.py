@@ -179,7 +179,7 @@ class Trainer:
             run_dir=self.run_dir if self.team.is_first else None,
             callback=self._callback,
             keep_going=self._agreement.keep_going,
-            to_device=self.engine.to_device,
+            to_device=self.engine.to_local,
             spread=spread,
         )
         program = p.train

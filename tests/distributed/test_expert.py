@@ -8,15 +8,20 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from megaseq.base import NestedMap
+from megaseq.decode import BeamSearch
 from megaseq.layers import MixtureOfExperts, RMSNorm, Router, bind, initialize
 from megaseq.layers.sight import Sight
 from megaseq.parallel.apply import apply
-from megaseq.parallel.expert import all_to_all, install_experts
+from megaseq.parallel.expert import all_to_all, install_experts, same_tokens
 from megaseq.parallel.layout import Parallel, resolve_layout
 from megaseq.parallel.mesh import Mesh
 from megaseq.parallel.spec import shard_of
+from megaseq.train.evaluation import evaluate
+from megaseq.train.spread import Spread
 
 from .harness import run_ranks
+from .parity import Case, local_rows, make_engine, packed_batch
 
 D, E, ROWS, LENGTH = 8, 4, 4, 6
 
@@ -124,3 +129,58 @@ def exchange(rank: int) -> None:
 
 def test_uneven_and_empty_exchanges() -> None:
     run_ranks(exchange, world_size=3)
+
+
+EXPERTS: dict[str, Any] = {
+    f"{stack}.layers.1.ffn.{name}": value
+    for stack in ("encoder", "decoder")
+    for name, value in {"cls": "megaseq.layers.moe.MixtureOfExperts", "num_experts": 4, "hidden_dim": 32}.items()
+}
+
+
+def decode(rank: int, layout: dict[str, Any]) -> tuple[list[Any], dict[str, float]]:
+    """Evaluates and decodes, sources of unequal lengths, on every rank; one process where the layout is empty."""
+    engine = make_engine(Case(parallel=layout, task=EXPERTS), rank=rank)
+    source = packed_batch(0).source
+    source = NestedMap(ids=source.ids.clamp_min(4), segment_ids=(source.positions >= 0).long())
+    for row, length in enumerate([3, 16, 5, 9, 1, 12, 2, 7]):
+        source.ids[row, length:] = source.segment_ids[row, length:] = 0
+    search = BeamSearch.Params(num_hyps_per_beam=3, target_sos_id=1, target_eos_id=2, target_seq_len=12)
+    spread = Spread(mesh=engine.mesh)
+    batches = [local_rows(packed_batch(step), mesh=engine.mesh) for step in range(2)]
+    with engine.evaluating() as task:
+        means = evaluate(task, batches=batches, to_device=engine.to_local, spread=spread)
+        own = spread.deal([0, 1, 2, 3])
+        with same_tokens(task):
+            found = []
+            for group in own:
+                if group is not None:
+                    rows = source.transform(lambda tensor, group=group: tensor[group * 2 : group * 2 + 2])
+                    found += [(group, [[(h.ids, h.score) for h in best] for best in task.decode(rows, search=search)])]
+    return found, means
+
+
+@pytest.mark.parametrize(
+    ("layout", "world_size"),
+    [
+        ({"data": 2, "expert": 2}, 2),
+        ({"data": 4, "expert": 2}, 4),
+        ({"context": 2}, 2),
+        ({"context": 2, "context_method": "ulysses", "tensor": 2}, 4),
+    ],
+    ids=["ep2", "ep2-dp2", "cp2", "cp2-tp2"],
+)
+def test_evaluation_and_decoding_equal_one_process(layout: dict[str, Any], world_size: int) -> None:
+    texts, expected = run_ranks(decode, world_size=1, arguments=({},))[0]
+    results = run_ranks(decode, world_size=world_size, arguments=(layout,))
+    found: dict[int, Any] = {}
+    for own, means in results:
+        assert means == pytest.approx(expected, rel=1e-5)
+        for group, hypotheses in own:
+            found.setdefault(group, hypotheses)
+            assert found[group] == hypotheses, "ranks that decode the same texts differ"
+    assert found.keys() == dict(texts).keys()
+    for group, best in texts:
+        for got, wanted in zip(found[group], best, strict=True):
+            assert [ids for ids, _ in got] == [ids for ids, _ in wanted]
+            assert [score for _, score in got] == pytest.approx([score for _, score in wanted], rel=1e-4)
