@@ -13,7 +13,8 @@ from collections.abc import Callable, Iterator, Mapping
 
 from megaseq.base.errors import AsText, ParamsError, must
 from megaseq.parallel.layout import Layout, Parallel
-from megaseq.parallel.pipeline_params import Schedule
+from megaseq.parallel.pipeline_params import Schedule, stages_per_rank
+from megaseq.parallel.sharding import merged_rules
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,6 +31,12 @@ class ModelFacts:
     """Key and value heads of each attention."""
     num_experts: Mapping[str, int] = dataclasses.field(default_factory=dict)
     """Experts of each mixture-of-experts layer."""
+    hidden_dims: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    """Hidden units of each feed-forward block."""
+    limited_experts: frozenset[str] = frozenset()
+    """Mixture-of-experts layers whose experts take a share of a row's tokens at most."""
+    vocab_size: int = 0
+    """Tokens of the smaller vocabulary; 0: it comes from the data."""
     num_units: int = 0
     """Pieces that a pipeline may be cut between: embeddings, layers, loss."""
     rows: int = 0
@@ -57,8 +64,7 @@ class Case:
     @property
     def stages_per_rank(self) -> int:
         """Pipeline stages of one rank."""
-        several = self.params.pipeline.schedule in ("interleaved", "zero_bubble_v")
-        return self.params.pipeline.stages_per_rank or (2 if several else 1)
+        return stages_per_rank(self.params.pipeline)
 
     @property
     def micro_batches(self) -> int:
@@ -94,7 +100,7 @@ def divisors(number: int) -> list[int]:
 
 def _heads(case: Case) -> Iterator[Broken]:
     for path, heads in case.facts.num_heads.items():
-        if heads % case.layout.tensor:
+        if heads % case.layout.tensor and merged_rules(case.params.rules).get("heads") == "tensor":
             yield Broken("parallel.tensor", f"be one of {divisors(heads)} for {path}", case.layout.tensor)
 
 
@@ -128,8 +134,8 @@ def _zero2_stages(case: Case) -> Iterator[Broken]:
 
 
 def _zero1_overlap(case: Case) -> Iterator[Broken]:
-    if case.layout.pipe > 1 and case.params.zero.stage == 1 and case.params.zero.overlap:
-        yield Broken("parallel.zero.overlap", "be false with ZeRO stage 1 where parallel.pipe is above 1", True)
+    if case.params.zero.stage == 1 and case.params.zero.overlap:
+        yield Broken("parallel.zero.overlap", "be false with ZeRO stage 1", True)
 
 
 def _too_many_stages(case: Case) -> Iterator[Broken]:
@@ -182,9 +188,50 @@ def _no_experts(case: Case) -> Iterator[Broken]:
             yield Broken("parallel.expert", f"be one of {divisors(experts)} for {path}", case.layout.expert)
 
 
-def _experts_zero3(case: Case) -> Iterator[Broken]:
-    if case.layout.expert > 1 and case.params.zero.stage == 3:
-        yield Broken("parallel.zero.stage", "be below 3 where parallel.expert is above 1", 3)
+def _experts_zero(case: Case) -> Iterator[Broken]:
+    if case.layout.expert > 1 and case.params.zero.stage:
+        yield Broken("parallel.zero.stage", "be 0 where parallel.expert is above 1", case.params.zero.stage)
+
+
+def _experts_context(case: Case) -> Iterator[Broken]:
+    for path in sorted(case.facts.limited_experts):
+        if case.layout.context > 1:
+            rule = f"be 1 where the experts of {path} have a capacity"
+            yield Broken("parallel.context", rule, case.layout.context)
+
+
+def _hidden(case: Case) -> Iterator[Broken]:
+    tensor = case.layout.tensor
+    for path, units in case.facts.hidden_dims.items():
+        if units % tensor and merged_rules(case.params.rules).get("hidden") == "tensor":
+            near = [n for n in divisors(units) if n <= 4 * tensor]
+            yield Broken("parallel.tensor", f"be one of {near} for {path}", tensor)
+
+
+def _vocabulary(case: Case) -> Iterator[Broken]:
+    if 0 < case.facts.vocab_size < case.layout.tensor:
+        yield Broken("parallel.tensor", f"be at most the {case.facts.vocab_size} tokens", case.layout.tensor)
+
+
+def _sequence_rules(case: Case) -> Iterator[Broken]:
+    rules = merged_rules(case.params.rules)
+    if case.params.sequence and not rules.get("heads") == rules.get("hidden") == "tensor":
+        yield Broken("parallel.sequence", "be false where rules keep heads or hidden units whole", True)
+
+
+def _adafactor(case: Case) -> Iterator[Broken]:
+    if case.facts.optimizer != "Adafactor":
+        return
+    if case.params.zero.stage:
+        yield Broken("parallel.zero.stage", "be 0 with Adafactor", case.params.zero.stage)
+    for axis in ("tensor", "expert"):
+        if case.layout.size(axis) > 1:
+            yield Broken(f"parallel.{axis}", "be 1 with Adafactor", case.layout.size(axis))
+
+
+def _nvme_optimizer(case: Case) -> Iterator[Broken]:
+    if case.params.zero.offload_optimizer == "nvme":
+        yield Broken("parallel.zero.offload_optimizer", "be none or cpu in this version", "nvme")
 
 
 REFUSALS: list[Refusal] = [
@@ -210,8 +257,8 @@ REFUSALS: list[Refusal] = [
         _zero2_stages,
     ),
     Refusal(
-        "ZeRO 1 with `zero.overlap` and `pipe`",
-        "DeepSpeed overlaps the reduction of gradients that a schedule sums up with stage 2 only",
+        "ZeRO 1 with `zero.overlap`",
+        "stage 1 reduces gradients when all micro-batches are done; stage 2 can overlap",
         _zero1_overlap,
     ),
     Refusal("more stages than units", "a stage without a layer has nothing to do", _too_many_stages),
@@ -228,7 +275,31 @@ REFUSALS: list[Refusal] = [
     ),
     Refusal("fewer rows than data ranks", "a rank without a row has nothing to do", _few_rows),
     Refusal("`expert` that does not divide the experts", "a rank holds whole experts, equally many", _no_experts),
-    Refusal("ZeRO 3 with `expert`", "stage 3 knows one data-parallel group, experts another", _experts_zero3),
+    Refusal(
+        "ZeRO with `expert`", "shares are of what all data ranks hold, and these hold other experts", _experts_zero
+    ),
+    Refusal(
+        "`context` with experts of a capacity",
+        "the capacity is a share of a row's tokens, of which a rank has a part",
+        _experts_context,
+    ),
+    Refusal("hidden units that `tensor` does not divide", "ranks compute equally many", _hidden),
+    Refusal("fewer tokens of the vocabulary than `tensor`", "a rank without tokens has no softmax", _vocabulary),
+    Refusal(
+        "`sequence` with rules that keep heads or hidden units whole",
+        "tokens are gathered and dealt out where a divided product begins and ends",
+        _sequence_rules,
+    ),
+    Refusal(
+        "Adafactor with ZeRO, `tensor` or `expert`",
+        "its factored moments are means over whole rows and columns; use AdamW, or data and pipe alone",
+        _adafactor,
+    ),
+    Refusal(
+        "`zero.offload_optimizer=nvme`",
+        "checkpoints take master weights and moments from memory; parameters may lie on a disk",
+        _nvme_optimizer,
+    ),
 ]
 """All rows, in the order in which they are checked."""
 
@@ -313,7 +384,7 @@ def _changes(params: Parallel.Params, *, layout: Layout) -> Iterator[dict[str, o
     others += [{"pipeline.stages_per_rank": 0}, {"pipeline.split": ()}, {"zero.overlap": False}]
     others += [{"pipeline.split": (), "pipeline.stages_per_rank": 0}]
     others += [{"pipeline.micro_batches": layout.pipe * factor} for factor in (1, 2)]
-    others += [{"context_method": "ring"}, {"sequence": False}]
+    others += [{"context_method": "ring"}, {"sequence": False}, {"zero.offload_optimizer": "cpu"}]
     for axis_change, other_change in itertools.product(axes, others):
         merged: dict[str, object] = {**axis_change, **other_change}
         merged = {path: value for path, value in merged.items() if params.get(path) != value}

@@ -7,7 +7,10 @@ from typing import Any
 from megaseq.base.unset import Unset
 from megaseq.data.packing import Packing
 from megaseq.layers.attention import Attention
+from megaseq.layers.feed_forward import FeedForward
 from megaseq.layers.moe import MixtureOfExperts
+from megaseq.layers.routing import Router
+from megaseq.layers.transformer import Stack
 from megaseq.parallel.refusals import ModelFacts
 from megaseq.train.experiment import Run
 
@@ -26,10 +29,21 @@ def model_facts(params: Run.Params) -> ModelFacts:
         for path, mixture in params.task.find(MixtureOfExperts)
         if not isinstance(mixture.num_experts, Unset)
     }
+    routers = params.task.find(Router)
     batching: Any = params.train_input.batching
     packed = isinstance(batching, Packing.Params)
+    hidden = {
+        f"task.{path}": block.hidden_dim
+        for path, block in params.task.find(FeedForward)
+        if not isinstance(block.hidden_dim, Unset)
+    }
+    stacks = [stack.num_layers for _, stack in params.task.find(Stack) if not isinstance(stack.num_layers, Unset)]
     return ModelFacts(
         num_heads=heads,
+        hidden_dims=hidden,
+        limited_experts=frozenset(f"task.{path}" for path, router in routers if router.capacity_factor is not None),
+        # Two units more for each stack: what comes before its layers and after them.
+        num_units=sum(stacks) + 2 * len(stacks),
         num_key_value_heads=key_heads,
         num_experts=experts,
         rows=batching.rows if packed else 0,

@@ -20,14 +20,20 @@ REFUSED = [
     ("`context_method=ulysses`", {"context": 4, "context_method": "ulysses"}, {}),
     ("ZeRO 3 with `pipe`", {"pipe": 2, "zero.stage": 3, "pipeline.micro_batches": 2}, {}),
     ("ZeRO 2 with several", {"pipe": 2, "zero.stage": 2, "pipeline.schedule": "interleaved"}, {}),
-    ("ZeRO 1 with `zero.overlap`", {"pipe": 2, "zero.stage": 1, "zero.overlap": True}, {}),
+    ("ZeRO 1 with `zero.overlap`", {"zero.stage": 1, "zero.overlap": True}, {}),
     ("more stages than units", {"pipe": 4}, {"num_units": 3}),
     ("a `pipeline.split`", {"pipe": 2, "pipeline.split": (4, 5)}, {}),
     ("`pipeline.stages_per_rank`", {"pipe": 2, "pipeline.stages_per_rank": 2}, {}),
     ("too few micro-batches", {"pipe": 4, "pipeline.micro_batches": 2}, {}),
     ("fewer rows", {}, {"rows": 2}),
     ("`expert` that does not", {"expert": 2}, {}),
-    ("ZeRO 3 with `expert`", {"expert": 2, "zero.stage": 3}, {"num_experts": {"task.moe": 4}}),
+    ("ZeRO with `expert`", {"expert": 2, "zero.stage": 1}, {"num_experts": {"task.moe": 4}}),
+    ("`context` with experts", {"context": 2}, {"limited_experts": frozenset({"task.moe"})}),
+    ("hidden units", {"tensor": 2}, {"hidden_dims": {"task.ffn": 33}}),
+    ("fewer tokens", {"tensor": 2}, {"vocab_size": 1}),
+    ("`sequence` with rules", {"tensor": 2, "sequence": True, "rules": {"heads": "none"}}, {}),
+    ("Adafactor with ZeRO", {"zero.stage": 1}, {"optimizer": "Adafactor"}),
+    ("`zero.offload_optimizer=nvme`", {"zero.stage": 1, "zero.offload_optimizer": "nvme"}, {}),
 ]
 
 
