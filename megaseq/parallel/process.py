@@ -8,6 +8,7 @@ import functools
 import hashlib
 import json
 import os
+import re
 import socket
 import time
 import uuid
@@ -38,14 +39,16 @@ class EndedElsewhereError(SystemExit):
 class Team:
     """The processes of a run, seen from one of them. One process alone is a team too, whose every call is trivial."""
 
-    def __init__(self, place: Place, *, store: Store | None = None) -> None:
+    def __init__(self, place: Place, *, store: Store | None = None, name: str = "") -> None:
         """Takes the place of this process; `Team.connect` finds the others.
 
         Args:
             place: of this process.
             store: at which all meet, under names that no earlier start of the job has used; None for one process.
+            name: of this start.
         """
         self.place = place
+        self.name = name
         self.rank, self.world_size = place.rank, place.world_size
         self._store = store
         self._owns_group = False
@@ -81,7 +84,7 @@ class Team:
                 kind=TrainingError,
             ) from None
         name = _agree(PrefixStore(f"megaseq/{place.attempt}", store), place=place)
-        return cls(place, store=PrefixStore(f"megaseq/{name}", store))
+        return cls(place, store=PrefixStore(f"megaseq/{name}", store), name=name)
 
     def open(self, *, device: torch.device, timeout_seconds: float) -> None:
         """Initialises torch.distributed, NCCL for what lies on a GPU and gloo for the rest, and starts the watchdog."""
@@ -173,7 +176,7 @@ class Team:
             raise must(
                 f"rank {self.rank}",
                 "reach the other ranks",
-                AsText(f"cut off from one of them ({text.splitlines()[0]})"),
+                AsText(f"cut off from one of them ({_first_sentence(text)})"),
                 "Look for what the lost rank has written, or for its machine",
                 kind=TrainingError,
             ) from None
@@ -367,6 +370,11 @@ def _is_lost_connection(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(
         word in str(error) for word in ("gloo", "Gloo", "NCCL", "Connection")
     )
+
+
+def _first_sentence(text: str) -> str:
+    """Returns what an error of torch says, without the place in its sources and without its advice."""
+    return re.sub(r"^\[\S+\]\s*", "", text.splitlines()[0]).partition(". ")[0]
 
 
 @contextlib.contextmanager
