@@ -193,6 +193,11 @@ def _experts_zero(case: Case) -> Iterator[Broken]:
         yield Broken("parallel.zero.stage", "be 0 where parallel.expert is above 1", case.params.zero.stage)
 
 
+def _experts_pipe(case: Case) -> Iterator[Broken]:
+    for path in case.facts.num_experts if case.layout.pipe > 1 else ():
+        yield Broken("parallel.pipe", f"be 1 for a mixture of experts ({path})", case.layout.pipe)
+
+
 def _experts_context(case: Case) -> Iterator[Broken]:
     for path in sorted(case.facts.limited_experts):
         if case.layout.context > 1:
@@ -277,6 +282,11 @@ REFUSALS: list[Refusal] = [
     Refusal("`expert` that does not divide the experts", "a rank holds whole experts, equally many", _no_experts),
     Refusal(
         "ZeRO with `expert`", "shares are of what all data ranks hold, and these hold other experts", _experts_zero
+    ),
+    Refusal(
+        "`pipe` with a mixture of experts",
+        "the losses of routers stay in their stages, and the task's loss is in the last one",
+        _experts_pipe,
     ),
     Refusal(
         "`context` with experts of a capacity",

@@ -34,7 +34,7 @@ def model_facts(params: Run.Params) -> ModelFacts:
     packed = isinstance(batching, Packing.Params)
     hidden = {
         f"task.{path}": block.hidden_dim
-        for path, block in params.task.find(FeedForward)
+        for path, block in (*params.task.find(FeedForward), *params.task.find(MixtureOfExperts))
         if not isinstance(block.hidden_dim, Unset)
     }
     stacks = [stack.num_layers for _, stack in params.task.find(Stack) if not isinstance(stack.num_layers, Unset)]

@@ -28,6 +28,7 @@ REFUSED = [
     ("fewer rows", {}, {"rows": 2}),
     ("`expert` that does not", {"expert": 2}, {}),
     ("ZeRO with `expert`", {"expert": 2, "zero.stage": 1}, {"num_experts": {"task.moe": 4}}),
+    ("`pipe` with a mixture", {"pipe": 2}, {"num_experts": {"task.moe": 4}}),
     ("`context` with experts", {"context": 2}, {"limited_experts": frozenset({"task.moe"})}),
     ("hidden units", {"tensor": 2}, {"hidden_dims": {"task.ffn": 33}}),
     ("fewer tokens", {"tensor": 2}, {"vocab_size": 1}),
