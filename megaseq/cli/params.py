@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import json
 import textwrap
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from megaseq.base import MegaseqError, ParamsBase, params_from_yaml, registry
 from megaseq.base.errors import AsText, must
@@ -42,6 +43,7 @@ def register(subparsers: _SubParsersAction[argparse.ArgumentParser]) -> None:
         action="store_true",
         help="as YAML, only what differs from the registered experiment or, with nothing overridden, from the defaults",
     )
+    show.add_argument("--deepspeed", action="store_true", help="the JSON that DeepSpeed's engine is given for ZeRO")
     show.set_defaults(run=run_show)
 
     diff = actions.add_parser("diff", help="print the params in which two experiments, runs or files differ")
@@ -100,9 +102,11 @@ def run_list(arguments: argparse.Namespace) -> int:
 
 
 def run_show(arguments: argparse.Namespace) -> int:
-    """Prints params as text or YAML."""
+    """Prints params as text or YAML, or what DeepSpeed is told of them."""
     params = _loaded(arguments)
-    if arguments.changed:
+    if arguments.deepspeed:
+        print(json.dumps(_deepspeed(params), indent=2))
+    elif arguments.changed:
         base, basis = _basis(params, overridden=bool(arguments.config or arguments.overrides or arguments.data_dir))
         print(f"# What differs from {basis}.")
         print(params.to_yaml(changed_only=True, base=base, origins=arguments.origins), end="")
@@ -156,6 +160,22 @@ def run_check(arguments: argparse.Namespace) -> int:
         for problem in problems:
             print(f"  {problem}")
     return 1 if failed else 0
+
+
+def _deepspeed(params: ParamsBase) -> dict[str, Any]:
+    from megaseq.train.experiment import Run
+    from megaseq.train.updaters.deepspeed_config import deepspeed_config
+
+    if not isinstance(params, Run.Params):
+        raise must("--deepspeed", "be asked of a run or an experiment", params.cls.__name__, "Name one of these")
+    if params.parallel.zero.stage == 0:
+        raise must(
+            "parallel.zero.stage",
+            "be 1, 2 or 3 for DeepSpeed to be used",
+            0,
+            "Without ZeRO there is no JSON; add, for example, parallel.zero.stage=1",
+        )
+    return deepspeed_config(params.parallel)
 
 
 def _loaded(arguments: argparse.Namespace) -> ParamsBase:

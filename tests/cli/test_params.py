@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -107,6 +108,20 @@ def test_show_changed(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Non
     overlay.write_text("\n".join(lines).replace("6", "7"))
     _, lines = run(capsys, "show", "test.Wide", "-c", str(overlay), "layer.dim=2")
     assert "num_layers : 7" in lines and "layer.dim : 2" in lines
+
+
+def test_show_deepspeed(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    code, lines = run(capsys, "show", "test.Wide", "--deepspeed")
+    assert code == 2 and "must be asked of a run or an experiment, but is Model" in lines[0]
+    monkeypatch.undo()
+    overrides = ("parallel.zero.stage=3", "parallel.zero.offload_optimizer=cpu", "parallel.zero.bucket_elements=1001")
+    code, lines = run(capsys, "show", "mt.multi30k.Base", "--deepspeed", *overrides)
+    assert code == 0
+    zero = json.loads("\n".join(lines))["zero_optimization"]
+    assert zero["stage"] == 3 and zero["reduce_bucket_size"] == 1001
+    assert zero["offload_optimizer"]["device"] == "cpu" and "offload_param" not in zero
+    code, lines = run(capsys, "show", "mt.multi30k.Base", "--deepspeed")
+    assert code == 2 and len(lines) == 1 and "parallel.zero.stage: must be 1, 2 or 3" in lines[0]
 
 
 def test_diff_of_experiments_files_and_run_directories(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import warnings
+from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import nn
 from torch.distributed import HashStore  # type: ignore[attr-defined]
 
 from megaseq.base import optional
+from megaseq.base.errors import must
 from megaseq.parallel.layout import Layout
 from megaseq.parallel.mesh import Mesh
 from megaseq.parallel.mpu import ModelParallelUnit
@@ -34,6 +36,22 @@ def load_deepspeed(device: torch.device) -> ModuleType:
     # Collectives that DeepSpeed calls by names which torch has renamed.
     warnings.filterwarnings("ignore", message="`torch.distributed.*is deprecated", category=FutureWarning)
     return deepspeed
+
+
+def check_nvme(device: torch.device, *, frozen: Sequence[str]) -> None:
+    """Refuses parameters on a disk where they cannot be.
+
+    Raises:
+        ParamsError: DeepSpeed's operator for it is not there and cannot be built, or there are frozen parameters.
+    """
+    deepspeed = load_deepspeed(device)
+    path, value = "parallel.zero.offload_parameters", "nvme"
+    if not deepspeed.ops.__compatible_ops__.get("async_io", False):
+        rule = "be none or cpu where DeepSpeed's operator async_io cannot be loaded"
+        raise must(path, rule, value, "Install libaio-dev, or set it to cpu")
+    if frozen:
+        rule = "be none or cpu where parameters are frozen"
+        raise must(path, rule, value, "Checkpoints take frozen parameters from memory: set it to cpu")
 
 
 def start_deepspeed(

@@ -64,6 +64,13 @@ def _check_zero(learner_params: Learner.Params, *, parallel: Parallel.Params) ->
             stage,
             "Data-parallel ranks hold different experts: set parallel.zero.stage=0",
         )
+    if parallel.zero.offload_optimizer == "nvme":
+        raise must(
+            "parallel.zero.offload_optimizer",
+            "be none or cpu in this version",
+            "nvme",
+            "Checkpoints take master weights and moments from memory: set it to cpu; offload_parameters may be nvme",
+        )
     if stage == 1 and parallel.zero.overlap:
         raise must(
             "parallel.zero.overlap",

@@ -22,7 +22,7 @@ from megaseq.parallel.spec import ParameterSpec, shard_of
 from megaseq.tasks.base import BaseTask, LossOutput
 from megaseq.train.precision import Precision, low_precision_parameters
 from megaseq.train.updaters.deepspeed_config import deepspeed_config
-from megaseq.train.updaters.deepspeed_package import start_deepspeed
+from megaseq.train.updaters.deepspeed_package import check_nvme, start_deepspeed
 from megaseq.train.updaters.frozen import frozen_of
 from megaseq.train.updaters.gathered import gathered
 from megaseq.train.updaters.shares import Described, Fragment, fragments_of, shares_of
@@ -106,6 +106,8 @@ class Zero:
         groups = _by_dtype(self.learner.assignment.groups)
         optimizer = ShareOptimizer(groups, update=self._update_share)
         config = deepspeed_config(parallel)
+        if parallel.zero.offload_parameters == "nvme":
+            check_nvme(self._device, frozen=self.learner.frozen)
         self.engine: Any = start_deepspeed(
             self._module, optimizer=optimizer, config=config, mesh=mesh, device=self._device
         )

@@ -1,0 +1,185 @@
+"""ZeRO stages beside plain parity: what is skipped, averaged, frozen, evaluated, saved and refused."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from megaseq.base.errors import ParamsError
+from megaseq.checkpoint.piece import Piece
+from megaseq.learner import Adafactor, MovingAverage, ParameterRule
+from megaseq.train.engine import Engine
+
+from .harness import run_ranks
+from .parity import Case, local_rows, make_engine, packed_batch
+
+AVERAGE = {"ema": MovingAverage.Params(decay=0.9)}
+
+
+def train(engine: Engine, *, first: int, stop: int) -> list[float]:
+    """Losses of steps `first` to `stop`."""
+    losses = []
+    for step in range(first, stop):
+        result = engine.train_step(local_rows(packed_batch(step), mesh=engine.mesh), step=step)
+        losses.append(result.loss_sum / result.weight)
+    return losses
+
+
+def whole(pieces: list[Piece]) -> dict[str, torch.Tensor]:
+    """All logical tensors, put together of what all ranks hold."""
+    own = [(piece.name, piece.global_shape, piece.start, piece.tensor.clone()) for piece in pieces]
+    gathered: list[Any] = [own]
+    if dist.is_initialized():
+        gathered = [None] * dist.get_world_size()
+        dist.all_gather_object(gathered, own)
+    tensors: dict[str, torch.Tensor] = {}
+    for name, shape, start, tensor in (piece for held in gathered for piece in held):
+        target = tensors.setdefault(name, torch.full(shape, math.nan))
+        target[tuple(slice(a, a + n) for a, n in zip(start, tensor.shape, strict=True))] = tensor
+    return tensors
+
+
+def fill(pieces: list[Piece], tensors: dict[str, torch.Tensor]) -> None:
+    """Writes whole tensors into what this rank holds of them."""
+    assert {piece.name for piece in pieces} <= tensors.keys()
+    for piece in pieces:
+        place = tuple(slice(a, a + n) for a, n in zip(piece.start, piece.size, strict=True))
+        piece.tensor.copy_(tensors[piece.name][place])
+
+
+def evaluated(engine: Engine, *, averaged: bool = True) -> float:
+    """The loss of a batch that was not trained on, which all ranks have whole."""
+    with engine.evaluating(averaged=averaged) as task:
+        output = task.compute_loss(packed_batch(500))
+    return float(output.loss_sum / output.weight)
+
+
+def _one_rank_is_poisoned(rank: int, stage: int, precision: str) -> None:
+    parallel = {"data": 2, "zero.stage": stage, "zero.persistence_elements": 0}
+    engine = make_engine(Case(parallel=parallel, learner=AVERAGE, precision=precision), rank=rank)
+    train(engine, first=0, stop=2)
+    before, used = whole(engine.pieces()), evaluated(engine, averaged=False)
+    batch = local_rows(packed_batch(2), mesh=engine.mesh).deep_copy()
+    if rank == 1:
+        batch.target.weights = batch.target.weights.clone()
+        batch.target.weights[-1, 0] = math.nan
+    assert engine.train_step(batch, step=2).skipped == "non-finite"
+    after = whole(engine.pieces())
+    assert after.keys() == before.keys()
+    for name, tensor in before.items():
+        assert torch.equal(after[name], tensor), name
+    assert evaluated(engine, averaged=False) == used
+    assert engine.learner.optimizer.num_updates == 2 and engine.learner.num_skipped == 1
+    assert all(math.isfinite(loss) for loss in train(engine, first=3, stop=5))
+    assert not torch.equal(
+        whole(engine.pieces())["task.source_embedding.weight"], before["task.source_embedding.weight"]
+    )
+
+
+@pytest.mark.parametrize(("stage", "precision"), [(0, "fp32"), (1, "bf16"), (2, "fp32"), (3, "fp32"), (3, "bf16")])
+def test_a_gradient_that_is_not_finite_on_one_rank_changes_nothing_on_any(stage: int, precision: str) -> None:
+    run_ranks(_one_rank_is_poisoned, world_size=2, arguments=(stage, precision))
+
+
+def _evaluate_rank(rank: int, parallel: dict[str, Any]) -> list[float]:
+    engine = make_engine(Case(parallel=parallel, learner=AVERAGE), rank=rank)
+    train(engine, first=0, stop=3)
+    figures = [evaluated(engine), evaluated(engine, averaged=False)]
+    train(engine, first=3, stop=5)
+    return [*figures, evaluated(engine)]
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_evaluation_has_the_averages_and_training_goes_on_without(stage: int) -> None:
+    expected = run_ranks(_evaluate_rank, world_size=1, arguments=({},))[0]
+    assert expected[0] != expected[1]
+    parallel = {"data": 2, "zero.stage": stage, "zero.persistence_elements": 0}
+    for figures in run_ranks(_evaluate_rank, world_size=2, arguments=(parallel,)):
+        assert figures == pytest.approx(expected, rel=1e-5)
+
+
+def _unequal_rank(rank: int) -> list[float]:
+    engine = make_engine(Case(parallel={"data": 2, "zero.stage": 3, "zero.persistence_elements": 0}), rank=rank)
+    train(engine, first=0, stop=2)
+    with engine.evaluating() as task:
+        # As when sentences of one rank end earlier than those of the other.
+        for step in range(1 + 4 * rank):
+            task.compute_loss(packed_batch(step))
+    return train(engine, first=2, stop=4)
+
+
+def test_ranks_may_do_unequal_work_while_they_evaluate() -> None:
+    first, second = run_ranks(_unequal_rank, world_size=2, timeout_seconds=90)
+    assert first == second
+
+
+def _change_rank(rank: int, stages: tuple[int, ...], offload: str) -> list[float]:
+    losses: list[float] = []
+    tensors: dict[str, torch.Tensor] = {}
+    state: dict[str, Any] = {}
+    for turn, stage in enumerate(stages):
+        parallel = {"data": 2, "zero.stage": stage, "zero.persistence_elements": 0}
+        if stage:
+            parallel["zero.offload_optimizer"] = offload
+        engine = make_engine(Case(parallel=parallel, learner=AVERAGE), rank=rank)
+        if turn:
+            fill(engine.pieces(), tensors)
+            engine.loaded(learner_state=state)
+        losses += train(engine, first=2 * turn, stop=2 * turn + 2)
+        tensors, state = whole(engine.pieces()), engine.learner.state()
+    return losses
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("stages", "offload"), [((1, 3, 0, 2, 1), "none"), ((3, 2, 3), "cpu"), ((0, 3, 3), "none")])
+def test_a_run_goes_on_with_another_stage(stages: tuple[int, ...], offload: str) -> None:
+    expected = run_ranks(_change_rank, world_size=2, arguments=((0,) * len(stages), "none"))[0]
+    losses = run_ranks(_change_rank, world_size=2, arguments=(stages, offload), timeout_seconds=300)[0]
+    assert losses == pytest.approx(expected, rel=1e-5)
+
+
+def _frozen_rank(rank: int, parallel: dict[str, Any], precision: str) -> list[float]:
+    learner = {
+        "freeze_patterns": (r"encoder\.layers\.0\.",),
+        "rules": (ParameterRule.Params(pattern=r"norm", learning_rate_scale=0.5),),
+    }
+    engine = make_engine(Case(parallel=parallel, learner=learner, precision=precision), rank=rank)
+    before = whole(engine.pieces())
+    losses = train(engine, first=0, stop=4)
+    after = whole(engine.pieces())
+    frozen = [name for name in before if ".encoder.layers.0." in name]
+    assert frozen and all(name.startswith("task.") for name in frozen)
+    for name in frozen:
+        assert after[name].dtype is torch.float32 and torch.equal(after[name], before[name]), name
+    fill(engine.pieces(), after)
+    engine.updater.publish()
+    return [*losses, *train(engine, first=4, stop=6)]
+
+
+@pytest.mark.parametrize(("stage", "precision"), [(1, "fp32"), (3, "fp32"), (2, "bf16"), (3, "bf16")])
+def test_frozen_parameters_stay_and_are_saved(stage: int, precision: str) -> None:
+    expected = run_ranks(_frozen_rank, world_size=1, arguments=({}, precision))[0]
+    parallel = {"data": 2, "zero.stage": stage, "zero.persistence_elements": 0}
+    got = run_ranks(_frozen_rank, world_size=2, arguments=(parallel, precision))[0]
+    assert got == pytest.approx(expected, rel=1e-5 if precision == "fp32" else 1e-2)
+
+
+@pytest.mark.parametrize(
+    ("parallel", "learner", "line"),
+    [
+        ({"zero.stage": 1}, {"optimizer": Adafactor.Params()}, "learner.optimizer: must work on runs of elements"),
+        ({"zero.stage": 1, "zero.overlap": True}, {}, "parallel.zero.overlap: must be false with ZeRO stage 1"),
+        (
+            {"zero.stage": 3, "zero.offload_optimizer": "nvme", "zero.nvme_path": "/tmp"},
+            {},
+            "parallel.zero.offload_optimizer: must be none or cpu",
+        ),
+    ],
+)
+def test_what_cannot_be_shared_is_refused(parallel: dict[str, Any], learner: dict[str, Any], line: str) -> None:
+    with pytest.raises(ParamsError, match=line):
+        make_engine(Case(parallel=parallel, learner=learner), rank=0)
