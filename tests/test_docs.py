@@ -7,11 +7,14 @@ import os
 import random
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from tests.distributed.launching import FAKE_PDSH, FAKE_SBATCH, FAKE_SRUN, FAKE_SSH, write_program
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
@@ -31,6 +34,8 @@ NOT_RUN = {
     "bash launch/test.sh": "it is what runs this test",
     "source .venv/bin/activate": "the test has an environment already",
 }
+LAUNCHERS = ("launch/torchrun.sh", "launch/deepspeed.sh", "launch/slurm/train.sbatch", "deepspeed")
+"""Words of commands that train with several processes."""
 GENERATED_DATA_DIR = "data/multi30k"
 """The folder that README and docs name; the test puts a small made-up corpus there."""
 
@@ -72,6 +77,9 @@ def shrink(command: str) -> str:
         if words[:2] == ["megaseq", "train"]:
             extra = [] if "quickstart" not in part else ["train_input.source.num_examples=3000"]
             parts[index] = shlex.join([*words, *SHRUNK_RUN, *extra])
+        elif set(words) & set(LAUNCHERS):
+            extra = ["train_input.source.num_examples=3000"] if "quickstart" in part else []
+            parts[index] = f"{part} {shlex.join([*SHRUNK_RUN, 'train.num_threads=1', *extra])}"
         elif words[0] == "python" and words[1].startswith("benchmarks/"):
             smaller = SHRUNK_BENCHMARKS[Path(words[1]).name]
             parts[index] = shlex.join(["python", str(ROOT / words[1]), *words[2:], *smaller])
@@ -81,19 +89,30 @@ def shrink(command: str) -> str:
     return " | ".join(parts)
 
 
+def write_launchers(folder: Path, *, programs: Path) -> None:
+    """Puts launch/ and configs/ in `folder`, and in `programs` what reaches other machines: it runs here."""
+    for name in ("launch", "configs"):
+        shutil.copytree(ROOT / name, folder / name)
+    hostfile = folder / "launch/hostfile.example"
+    hostfile.write_text(re.sub("slots=.*", "slots=2", hostfile.read_text()))
+    for name, text in (("pdsh", FAKE_PDSH), ("srun", FAKE_SRUN), ("ssh", FAKE_SSH), ("sbatch", FAKE_SBATCH)):
+        write_program(programs / name, text)
+
+
 @pytest.fixture
 def shell(tmp_path: Path) -> dict[str, str]:
     """An environment whose `python` and `megaseq` are those of the tests, and a corpus in the working directory."""
     write_corpus(tmp_path / GENERATED_DATA_DIR)
     programs = tmp_path / "bin"
     programs.mkdir()
+    write_launchers(tmp_path, programs=programs)
     for name, arguments in (("python", ""), ("megaseq", " -m megaseq")):
         script = programs / name
         script.write_text(f'#!/bin/sh\nexec "{sys.executable}"{arguments} "$@"\n')
         script.chmod(0o755)
     return {
         **os.environ,
-        "PATH": f"{programs}{os.pathsep}{os.environ['PATH']}",
+        "PATH": os.pathsep.join([str(programs), str(Path(sys.executable).parent), os.environ["PATH"]]),
         "PYTHONPATH": str(ROOT),
         "MEGASEQ_RUN_DIR": str(tmp_path / "runs/quickstart"),
         "WANDB_MODE": "offline",

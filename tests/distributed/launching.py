@@ -36,6 +36,65 @@ SMALL = (
 )
 """A run whose steps take milliseconds."""
 
+FAKE_PDSH = f"""#!{sys.executable}
+# Runs the command once for each host of -w, with %n replaced by the host's number; ends with the largest exit code.
+import subprocess, sys
+arguments = sys.argv[1:]
+hosts = arguments[arguments.index("-w") + 1].split(",")
+command = arguments[arguments.index("-w") + 2 :]
+running = [
+    subprocess.Popen(["bash", "-c", " ".join(command).replace("%n", str(number)).replace("%h", host)])
+    for number, host in enumerate(hosts)
+]
+sys.exit(max(process.wait() for process in running))
+"""
+
+FAKE_SRUN = f"""#!{sys.executable}
+# Runs the command as SLURM_NTASKS tasks with what Slurm tells each, on FAKE_NODES nodes; passes signals on.
+import os, signal, subprocess, sys
+arguments = sys.argv[1:]
+tasks, nodes = int(os.environ["SLURM_NTASKS"]), int(os.environ.get("FAKE_NODES", "1"))
+while arguments[0].startswith("-"):
+    if arguments[0] == "-n":
+        tasks = int(arguments[1])
+        del arguments[0]
+    del arguments[0]
+each = tasks // nodes
+running = []
+for rank in range(tasks):
+    running.append(
+        subprocess.Popen(
+            arguments,
+            start_new_session=True,
+            env=os.environ
+            | {{
+                "SLURM_PROCID": str(rank),
+                "SLURM_LOCALID": str(rank % each),
+                "SLURM_NODEID": str(rank // each),
+                "SLURM_STEP_ID": "0",
+                "SLURM_STEP_NUM_TASKS": str(tasks),
+                "SLURM_STEP_TASKS_PER_NODE": f"{{each}}(x{{nodes}})",
+                "SLURM_STEP_NODELIST": "localhost" if nodes == 1 else "localhost,localhost2",
+            }},
+        )
+    )
+for number in (signal.SIGUSR1, signal.SIGTERM):
+    signal.signal(number, lambda number, frame: [process.send_signal(number) for process in running])
+sys.exit(max(abs(process.wait()) for process in running))
+"""
+
+FAKE_SSH = """#!/bin/sh
+# Answers what `megaseq hosts` and the DeepSpeed launcher ask.
+case "$*" in *nvidia-smi*) printf "0\\n64\\n";; *) echo 127.0.0.1;; esac
+"""
+
+FAKE_SBATCH = """#!/bin/sh
+# Runs the script here, with one task for each of --nodes.
+export SLURM_NTASKS="${1#--nodes=}" SLURM_JOB_ID=$$ SLURM_PROCID=0
+shift
+exec bash "$@"
+"""
+
 _LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 

@@ -16,6 +16,9 @@ from pathlib import Path
 import pytest
 
 from tests.distributed.launching import (
+    FAKE_PDSH,
+    FAKE_SRUN,
+    FAKE_SSH,
     descendants,
     environment,
     finish,
@@ -32,53 +35,6 @@ from tests.distributed.launching import (
 )
 
 SHORT = ("train.max_steps=3",)
-
-FAKE_PDSH = f"""#!{sys.executable}
-# Runs the command once for each host of -w, with %n replaced by the host's number; ends with the largest exit code.
-import subprocess, sys
-arguments = sys.argv[1:]
-hosts = arguments[arguments.index("-w") + 1].split(",")
-command = arguments[arguments.index("-w") + 2 :]
-running = [
-    subprocess.Popen(["bash", "-c", " ".join(command).replace("%n", str(number)).replace("%h", host)])
-    for number, host in enumerate(hosts)
-]
-sys.exit(max(process.wait() for process in running))
-"""
-
-FAKE_SRUN = f"""#!{sys.executable}
-# Runs the command as SLURM_NTASKS tasks with what Slurm tells each, on FAKE_NODES nodes; passes signals on.
-import os, signal, subprocess, sys
-arguments = sys.argv[1:]
-tasks, nodes = int(os.environ["SLURM_NTASKS"]), int(os.environ.get("FAKE_NODES", "1"))
-while arguments[0].startswith("-"):
-    if arguments[0] == "-n":
-        tasks = int(arguments[1])
-        del arguments[0]
-    del arguments[0]
-each = tasks // nodes
-running = []
-for rank in range(tasks):
-    running.append(
-        subprocess.Popen(
-            arguments,
-            start_new_session=True,
-            env=os.environ
-            | {{
-                "SLURM_PROCID": str(rank),
-                "SLURM_LOCALID": str(rank % each),
-                "SLURM_NODEID": str(rank // each),
-                "SLURM_STEP_ID": "0",
-                "SLURM_STEP_NUM_TASKS": str(tasks),
-                "SLURM_STEP_TASKS_PER_NODE": f"{{each}}(x{{nodes}})",
-                "SLURM_STEP_NODELIST": "localhost" if nodes == 1 else "localhost,localhost2",
-            }},
-        )
-    )
-for number in (signal.SIGUSR1, signal.SIGTERM):
-    signal.signal(number, lambda number, frame: [process.send_signal(number) for process in running])
-sys.exit(max(abs(process.wait()) for process in running))
-"""
 
 
 @pytest.fixture(scope="module")
@@ -155,7 +111,7 @@ def test_deepspeed_over_pdsh(cache: Path, tmp_path: Path, programs: Path) -> Non
     run_dir, log, hostfile = tmp_path / "run", tmp_path / "log", tmp_path / "hostfile"
     hostfile.write_text("worker-0 slots=1\nworker-1 slots=1\n")
     write_program(programs / "pdsh", FAKE_PDSH)
-    write_program(programs / "ssh", "#!/bin/sh\necho 127.0.0.1\n")
+    write_program(programs / "ssh", FAKE_SSH)
     env = environment(programs)
     command = ["deepspeed", "--hostfile", str(hostfile), "--module", "megaseq"]
     command += train(run_dir, cache=cache, overrides=SHORT)
@@ -170,7 +126,7 @@ def test_deepspeed_over_slurm(cache: Path, tmp_path: Path, programs: Path) -> No
     hostfile.write_text("localhost slots=1\nlocalhost2 slots=1\n")
     write_program(programs / "srun", FAKE_SRUN)
     write_program(programs / "sinfo", "#!/bin/sh\n")
-    write_program(programs / "ssh", "#!/bin/sh\necho 127.0.0.1\n")
+    write_program(programs / "ssh", FAKE_SSH)
     env = environment(programs, SLURM_NTASKS="2", SLURM_JOB_ID=str(os.getpid()), FAKE_NODES="2")
     command = ["deepspeed", "--hostfile", str(hostfile), "--launcher", "slurm", "--module", "megaseq"]
     command += train(run_dir, cache=cache, overrides=SHORT)
