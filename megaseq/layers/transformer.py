@@ -222,8 +222,22 @@ class Stack(Layer):
         share = count // self.ranks.size
         return tokens.part(start=self.ranks.index * share, length=share)
 
-    def sight(self, *, segment_ids: Tensor | None, positions: Tensor, row_segment_ids: Tensor | None = None) -> Sight:
-        """Returns what the layers share for one batch; arguments as of `start`."""
+    def sight(
+        self,
+        *,
+        segment_ids: Tensor | None,
+        positions: Tensor,
+        row_segment_ids: Tensor | None = None,
+        biased: bool = True,
+    ) -> Sight:
+        """Returns what the layers share for one batch.
+
+        Args:
+            segment_ids: as of `start`.
+            positions: as of `start`.
+            row_segment_ids: as of `start`.
+            biased: whether with the shared bias, which `finish` does not read.
+        """
         row = self._row(row_segment_ids)
         tokens = self.tokens_of(positions) if row is None else row.tokens
         sight = Sight(
@@ -234,9 +248,11 @@ class Stack(Layer):
             stream=self.stream(tokens),
             row=row,
         )
-        if self.position_bias is not None and row is not None:
+        if self.position_bias is None or not biased:
+            return sight
+        if row is not None:
             sight.bias = row.bias(self.position_bias)
-        elif self.position_bias is not None:
+        else:
             sight.bias = self.position_bias(positions.shape[-1], device=positions.device)
         return sight
 

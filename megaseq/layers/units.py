@@ -75,7 +75,7 @@ def flow_shapes(model: EncoderDecoder, *, batch: NestedMap) -> dict[str, tuple[i
 
 def _entrance(stack: str) -> tuple[str, ...]:
     """Returns what a stack reads before its first layer."""
-    return f"{stack}.positions", f"{stack}.input_norm", f"{stack}.position_bias"
+    return f"{stack}.positions", f"{stack}.input_norm"
 
 
 class _Tensors:
@@ -116,7 +116,7 @@ class UnitRun:
     def __init__(self, model: EncoderDecoder, *, batch: NestedMap) -> None:
         self._model = model
         self._batch = batch
-        self._sights: dict[str, Sight] = {}
+        self._sights: dict[tuple[str, bool], Sight] = {}
         self._memory_mask: Mask | None = None
         self._has_mask = False
 
@@ -127,16 +127,19 @@ class UnitRun:
         if place == "start":
             made[stack] = self._start(stack, carry)
         elif unit.name == "encoder.finish":
-            made["memory"] = self._model.encoder.finish(carry["encoder"], sight=self._sight("encoder"))
+            made["memory"] = self._model.encoder.finish(carry["encoder"], sight=self._sight("encoder", biased=False))
         elif unit.name == "decoder.finish":
-            made[OUTPUT] = self._model.decoder.finish(carry["decoder"], sight=self._sight("decoder"))
+            made[OUTPUT] = self._model.decoder.finish(carry["decoder"], sight=self._sight("decoder", biased=False))
         else:
             layer = self._stack(stack).layers[int(place.removeprefix("layers."))]
             if stack == "encoder":
-                made[stack] = layer(carry[stack], sight=self._sight(stack))
+                made[stack] = layer(carry[stack], sight=self._sight(stack, biased=True))
             else:
                 made[stack] = layer(
-                    carry[stack], sight=self._sight(stack), memory=carry.get("memory"), memory_mask=self._mask()
+                    carry[stack],
+                    sight=self._sight(stack, biased=True),
+                    memory=carry.get("memory"),
+                    memory_mask=self._mask(),
                 )
         return {flow.name: made[flow.name] for flow in unit.leaves}
 
@@ -147,8 +150,8 @@ class UnitRun:
         side = self._side(stack)
         segment_ids, positions = places_of(side)
         embed = self._model.source_embedding if stack == "encoder" else self._model.embed_target
-        x, self._sights[stack] = self._stack(stack).start(
-            embed(side.ids), segment_ids=segment_ids, positions=positions, row_segment_ids=side.get("row_segment_ids")
+        x = self._stack(stack).enter(
+            embed(side.ids), segment_ids=segment_ids, positions=positions, sight=self._sight(stack, biased=False)
         )
         return x if stack == "encoder" else _anchor(x, memory=carry["memory"])
 
@@ -156,20 +159,24 @@ class UnitRun:
         side: NestedMap = self._batch.source if stack == "encoder" else self._batch.target
         return side
 
-    def _sight(self, stack: str) -> Sight:
-        if stack not in self._sights:
+    def _sight(self, stack: str, *, biased: bool) -> Sight:
+        """Returns what a stack's layers share; its ends do not read the bias, whose parameters they may lack."""
+        if (stack, biased) not in self._sights:
             side = self._side(stack)
             segment_ids, positions = places_of(side)
-            self._sights[stack] = self._stack(stack).sight(
-                segment_ids=segment_ids, positions=positions, row_segment_ids=side.get("row_segment_ids")
+            self._sights[stack, biased] = self._stack(stack).sight(
+                segment_ids=segment_ids,
+                positions=positions,
+                row_segment_ids=side.get("row_segment_ids"),
+                biased=biased,
             )
-        return self._sights[stack]
+        return self._sights[stack, biased]
 
     def _mask(self) -> Mask | None:
         if not self._has_mask:
             source = self._batch.source
             self._memory_mask = memory_mask(
-                self._sight("decoder"),
+                self._sight("decoder", biased=True),
                 memory_segment_ids=source.get("segment_ids"),
                 memory_row_segment_ids=source.get("row_segment_ids"),
             )
