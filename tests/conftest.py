@@ -8,6 +8,11 @@ import pytest
 import torch
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Says once that one process is meant; pytest resets the filter that the package sets when it is imported."""
+    config.addinivalue_line("filterwarnings", "ignore:torch.distributed is disabled")
+
+
 @pytest.fixture(autouse=True)
 def _process_state() -> Iterator[None]:
     """Takes back what the jobs set for their whole process: flushing of denormals, threads of matrix products."""

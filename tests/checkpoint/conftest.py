@@ -38,11 +38,6 @@ def assert_same(got: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
         assert torch.equal(got[name], tensor), name
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    """Says once that one process is meant; pytest resets the filter that the package sets when it is imported."""
-    config.addinivalue_line("filterwarnings", "ignore:torch.distributed is disabled")
-
-
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     return tmp_path / "run" / "checkpoints"
