@@ -11,10 +11,12 @@ from megaseq.layers.encoder_decoder import EncoderDecoder
 from megaseq.layers.feed_forward import FeedForward
 from megaseq.layers.initializers import Gaussian, ScaledGaussian
 from megaseq.layers.linear import Linear
+from megaseq.layers.moe import MixtureOfExperts
 from megaseq.layers.norm import RMSNorm
 from megaseq.layers.positions import LearnedPositions, SinusoidalPositions
 from megaseq.layers.relative import BucketedBias
 from megaseq.layers.rotary import Rotary
+from megaseq.layers.routing import Router
 from megaseq.layers.transformer import Decoder, Encoder, TransformerLayer
 
 
@@ -276,6 +278,44 @@ def t5gemma(
         p.encoder.set(f"layers.{index}.self_attention.window", window + 1)
         p.decoder.set(f"layers.{index}.self_attention.window", window)
     return _gaussian(p)
+
+
+def switch(
+    *,
+    model_dim: int = 768,
+    hidden_dim: int = 3072,
+    num_heads: int = 12,
+    head_dim: int = 64,
+    num_layers: int = 12,
+    num_experts: int = 8,
+    capacity_factor: float = 1.25,
+    dropout: float = 0.1,
+) -> EncoderDecoder.Params:
+    """The Switch Transformer (Fedus et al. 2021): T5 1.0 with experts in every second layer; sizes of switch-base-8."""
+    p = t5(
+        version="1.0",
+        model_dim=model_dim,
+        hidden_dim=hidden_dim,
+        num_heads=num_heads,
+        head_dim=head_dim,
+        num_layers=num_layers,
+        dropout=dropout,
+    )
+    router = Router.Params(method="top1", capacity_factor=capacity_factor, z_loss=0.0, jitter=0.01)
+    for stack in (p.encoder, p.decoder):
+        add_experts(stack, num_experts=num_experts, router=router)
+    return p
+
+
+def add_experts(
+    stack: Encoder.Params | Decoder.Params, *, num_experts: int, router: Router.Params, every: int = 2
+) -> None:
+    """Puts a mixture of experts, each like the block it replaces, into the last of every `every` layers of `stack`."""
+    for index in range(every - 1, stack.num_layers, every):
+        block = stack.layers.get(str(index), stack.layer).ffn
+        alike = {name: getattr(block, name) for name in ("hidden_dim", "activation", "gated", "up", "down")}
+        mixture = MixtureOfExperts.Params(num_experts=num_experts, router=router, **alike)
+        stack.set(f"layers.{index}.ffn", mixture)
 
 
 def _gaussian(p: EncoderDecoder.Params) -> EncoderDecoder.Params:

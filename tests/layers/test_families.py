@@ -18,6 +18,7 @@ RECIPES: dict[str, Callable[[], EncoderDecoder.Params]] = {
     "marian": families.marian,
     "m2m100": families.m2m100,
     "t5gemma": families.t5gemma,
+    "switch": families.switch,
 }
 
 
@@ -41,6 +42,7 @@ def test_sizes_are_the_published_ones() -> None:
     assert size(families.t5(), vocabulary=32128) == 76_961_152  # t5-v1_1-small
     v1 = families.t5(version="1.0", hidden_dim=2048, num_heads=8, num_layers=6)
     assert size(v1, vocabulary=32128) == 60_506_624  # t5-small
+    assert size(families.switch(), vocabulary=32128) == 619_339_008  # switch-base-8
     assert size(families.bart(), vocabulary=50265) == 139_420_416  # bart-base
     base = size(families.transformer(), vocabulary=37000)
     assert base == 44_140_544 + 37000 * 512  # the blocks and two final norms of the base Transformer

@@ -15,8 +15,9 @@ from megaseq.data.tokenizer import SentencePiece
 from megaseq.data.vocabulary import Vocabulary
 from megaseq.decode import BeamSearch
 from megaseq.layers.embedding import Embedding
-from megaseq.layers.families import stacks
+from megaseq.layers.families import add_experts, stacks
 from megaseq.layers.positions import SinusoidalPositions
+from megaseq.layers.routing import Router
 from megaseq.learner import AdamW, Cosine, InverseSqrt, Learner, MovingAverage, Warmup
 from megaseq.tasks.translation import Translation
 from megaseq.train.experiment import Experiment
@@ -104,3 +105,16 @@ class Small(Base):
 
     def checkpoint(self) -> Checkpointer.Params:
         return Checkpointer.Params(interval_steps=250)
+
+
+@register
+class Experts(Small):
+    """Small with four experts, of which a token has two, in every second layer."""
+
+    num_layers = 4
+
+    def task(self) -> Translation.Params:
+        task = super().task()
+        for stack in (task.encoder, task.decoder):
+            add_experts(stack, num_experts=4, router=Router.Params(method="top2"))
+        return task
