@@ -112,7 +112,7 @@ def test_show_changed(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Non
 
 def test_show_deepspeed(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     code, lines = run(capsys, "show", "test.Wide", "--deepspeed")
-    assert code == 2 and "must be asked of a run or an experiment, but is Model" in lines[0]
+    assert code == 2 and "must be asked of a run or an experiment, but is 'Model'" in lines[0]
     monkeypatch.undo()
     overrides = ("parallel.zero.stage=3", "parallel.zero.offload_optimizer=cpu", "parallel.zero.bucket_elements=1001")
     code, lines = run(capsys, "show", "mt.multi30k.Base", "--deepspeed", *overrides)
