@@ -47,6 +47,10 @@ class ModelFacts:
     """Tokens of a target row; 0: it varies."""
     accumulation: int = 1
     """Micro-batches of a step."""
+    checkpointing: frozenset[str] = frozenset()
+    """Modes of activation checkpointing of the layers."""
+    compiled: bool = False
+    """Whether layers are compiled."""
     precision: str = "fp32"
     """fp32, bf16 or bf16_autocast."""
     optimizer: str = ""
@@ -180,6 +184,12 @@ def _few_rows(case: Case) -> Iterator[Broken]:
         yield Broken("train_input", rule, AsText(f"of {case.facts.rows} rows for {parts}"))
 
 
+def _compiled_zero_bubble(case: Case) -> Iterator[Broken]:
+    if case.layout.pipe > 1 and case.facts.compiled and case.params.pipeline.schedule == "zero_bubble_v":
+        rule = "be another than zero_bubble_v with train.compile"
+        yield Broken("parallel.pipeline.schedule", rule, case.params.pipeline.schedule)
+
+
 def _no_experts(case: Case) -> Iterator[Broken]:
     if case.layout.expert > 1 and not case.facts.num_experts:
         yield Broken("parallel.expert", "be 1 for a model without mixture-of-experts layers", case.layout.expert)
@@ -222,6 +232,13 @@ def _sequence_rules(case: Case) -> Iterator[Broken]:
     rules = merged_rules(case.params.rules)
     if case.params.sequence and not rules.get("heads") == rules.get("hidden") == "tensor":
         yield Broken("parallel.sequence", "be false where rules keep heads or hidden units whole", True)
+
+
+def _full_zero_bubble(case: Case) -> Iterator[Broken]:
+    schedule = case.params.pipeline.schedule
+    if case.layout.pipe > 1 and schedule == "zero_bubble_v" and "full" in case.facts.checkpointing:
+        rule = "not be zero_bubble_v with train.activation_checkpointing.mode=full"
+        yield Broken("parallel.pipeline.schedule", rule, schedule)
 
 
 def _adafactor(case: Case) -> Iterator[Broken]:
@@ -278,6 +295,11 @@ REFUSALS: list[Refusal] = [
         "every rank must be at work before the first micro-batch comes back",
         _few_micro_batches,
     ),
+    Refusal(
+        "`pipeline.schedule=zero_bubble_v` with `train.compile`",
+        "its backward pass comes in two halves, and that of a compiled layer is one piece",
+        _compiled_zero_bubble,
+    ),
     Refusal("fewer rows than data ranks", "a rank without a row has nothing to do", _few_rows),
     Refusal("`expert` that does not divide the experts", "a rank holds whole experts, equally many", _no_experts),
     Refusal(
@@ -299,6 +321,11 @@ REFUSALS: list[Refusal] = [
         "`sequence` with rules that keep heads or hidden units whole",
         "tokens are gathered and dealt out where a divided product begins and ends",
         _sequence_rules,
+    ),
+    Refusal(
+        "`pipeline.schedule=zero_bubble_v` with layers that are computed again in full",
+        "its backward pass comes in two halves, and what a layer computes again is gone after the first",
+        _full_zero_bubble,
     ),
     Refusal(
         "Adafactor with ZeRO, `tensor` or `expert`",

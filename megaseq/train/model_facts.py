@@ -12,6 +12,7 @@ from megaseq.layers.moe import MixtureOfExperts
 from megaseq.layers.routing import Router
 from megaseq.layers.transformer import Stack
 from megaseq.parallel.refusals import ModelFacts
+from megaseq.train.activation_checkpointing import layer_paths, mode_of
 from megaseq.train.experiment import Run
 
 
@@ -50,6 +51,10 @@ def model_facts(params: Run.Params) -> ModelFacts:
         source_length=batching.source_length if packed else 0,
         target_length=(batching.target_length or batching.source_length) if packed else 0,
         accumulation=params.train.accumulation,
+        checkpointing=frozenset(
+            mode_of(path, params=params.train.activation_checkpointing) for path in layer_paths(params.task)
+        ),
+        compiled=params.train.compile,
         precision=params.train.precision,
         optimizer=type(params.learner.optimizer).cls.__name__,
     )

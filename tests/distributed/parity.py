@@ -21,6 +21,7 @@ from megaseq.learner import AdamW, Constant, Learner
 from megaseq.parallel.layout import Parallel, resolve_layout
 from megaseq.parallel.mesh import Mesh
 from megaseq.tasks.translation import Translation
+from megaseq.train.activation_checkpointing import ActivationCheckpointing
 from megaseq.train.engine import Engine
 
 from .harness import run_ranks
@@ -48,10 +49,12 @@ class Case:
     """Params of the task by path, instead of those of `task_params`."""
     learner: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     """Params of the learner by path."""
+    checkpointing: str = "none"
+    """Mode of activation checkpointing; the one process has none."""
 
     def alone(self) -> Case:
         """The same in one process."""
-        return dataclasses.replace(self, parallel={}, accumulation=1)
+        return dataclasses.replace(self, parallel={}, accumulation=1, checkpointing="none")
 
     def key(self) -> str:
         """What decides the result."""
@@ -144,6 +147,7 @@ def make_engine(case: Case, *, rank: int) -> Engine:
         accumulation=case.accumulation,
         mesh=Mesh(layout, rank=rank) if layout.world_size > 1 else None,
         parallel=parallel,
+        activation_checkpointing=ActivationCheckpointing.Params(mode=case.checkpointing),
     )
 
 

@@ -25,6 +25,11 @@ REFUSED = [
     ("a `pipeline.split`", {"pipe": 2, "pipeline.split": (4, 5)}, {}),
     ("`pipeline.stages_per_rank`", {"pipe": 2, "pipeline.stages_per_rank": 2}, {}),
     ("too few micro-batches", {"pipe": 4, "pipeline.micro_batches": 2}, {}),
+    (
+        "`pipeline.schedule=zero_bubble_v` with `train.compile`",
+        {"pipe": 2, "pipeline.schedule": "zero_bubble_v"},
+        {"compiled": True},
+    ),
     ("fewer rows", {}, {"rows": 2}),
     ("`expert` that does not", {"expert": 2}, {}),
     ("ZeRO with `expert`", {"expert": 2, "zero.stage": 1}, {"num_experts": {"task.moe": 4}}),
@@ -33,6 +38,11 @@ REFUSED = [
     ("hidden units", {"tensor": 2}, {"hidden_dims": {"task.ffn": 33}}),
     ("fewer tokens", {"tensor": 2}, {"vocab_size": 1}),
     ("`sequence` with rules", {"tensor": 2, "sequence": True, "rules": {"heads": "none"}}, {}),
+    (
+        "`pipeline.schedule=zero_bubble_v`",
+        {"pipe": 2, "pipeline.schedule": "zero_bubble_v"},
+        {"checkpointing": frozenset({"full"})},
+    ),
     ("Adafactor with ZeRO", {"zero.stage": 1}, {"optimizer": "Adafactor"}),
     ("`zero.offload_optimizer=nvme`", {"zero.stage": 1, "zero.offload_optimizer": "nvme"}, {}),
 ]
