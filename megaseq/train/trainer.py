@@ -281,6 +281,8 @@ class Trainer:
             self.run_dir.write_status(step=self._step, status="running")
         for line in placement(self.mesh, team=self.team, device=device_name(self.engine.device)):
             self._callback.on_message(line)
+        for line in self.engine.pipeline.plan.lines() if self.engine.pipeline is not None else ():
+            self._callback.on_message(f"  {line}")
         count = sum(parameter.numel() for parameter in self.engine.task.parameters())
         begin = f"goes on from step {self._step}" if resumed else "begins"
         self._callback.on_message(
