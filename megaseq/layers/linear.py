@@ -125,8 +125,4 @@ class Linear(Layer):
         divided = tokens is not None and tokens.divided
         weight = exchange.own(self.weight, divided=divided)
         bias = None if self.bias is None else exchange.own(self.bias, divided=divided)
-        bias = self.full_bias(bias)
-        if not exchange.sums:
-            return exchange.leave(functional.linear(exchange.enter(x, divided=divided), weight, bias), divided=divided)
-        y = exchange.leave(functional.linear(exchange.enter(x, divided=divided), weight), divided=divided)
-        return y if bias is None else y + bias.to(y.dtype)
+        return exchange.linear(x, weight=weight, bias=self.full_bias(bias), divided=divided)

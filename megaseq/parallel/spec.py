@@ -75,20 +75,15 @@ class Shard:
 
 
 class Exchange(Protocol):
-    """What a divided linear map does with its input and output; None where the map is whole.
+    """How a divided linear map works with the other ranks; None where the map is whole.
 
     `divided` is true where tensor ranks share the tokens of what is outside: [B, T / ranks, D] instead of [B, T, D].
     """
 
-    @property
-    def sums(self) -> bool:
-        """Whether `leave` sums over ranks, so that a bias is added after it."""
-
-    def enter(self, x: torch.Tensor, *, divided: bool) -> torch.Tensor:
-        """Returns what the local product reads."""
-
-    def leave(self, y: torch.Tensor, *, divided: bool) -> torch.Tensor:
-        """Returns the output, of the local product."""
+    def linear(
+        self, x: torch.Tensor, *, weight: torch.Tensor, bias: torch.Tensor | None, divided: bool
+    ) -> torch.Tensor:
+        """Maps `x`, by the weight and bias that are here, as `own` returned them."""
 
     def own(self, parameter: torch.Tensor, *, divided: bool) -> torch.Tensor:
         """Returns the weight or bias as the local product uses it, so that its gradient is right."""

@@ -9,12 +9,13 @@ Gradients are right without any further sum over the tensor ranks: those of what
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn import functional
 
 from megaseq.parallel.sharding import split_range
 
@@ -40,18 +41,38 @@ def _cut(x: Tensor, *, group: Group, dim: int) -> Tensor:
 
 def _join(x: Tensor, *, group: Group, dim: int) -> Tensor:
     """Returns the runs of all ranks along `dim`, one after the other."""
+    return _join_later(x, group=group, dim=dim)()
+
+
+def _join_later(x: Tensor, *, group: Group, dim: int) -> Callable[[], Tensor]:
+    """Begins `_join`; returns what waits for it."""
     run = x.movedim(dim, 0).contiguous()
     joined = run.new_empty(run.shape[0] * dist.get_world_size(group), *run.shape[1:])
-    _all_gather(joined, run, group=group)
-    return joined.movedim(0, dim).contiguous()
+    work = _all_gather(joined, run, group=group, async_op=True)
+
+    def wait() -> Tensor:
+        work.wait()
+        return joined.movedim(0, dim).contiguous()
+
+    return wait
 
 
 def _sum_and_cut(x: Tensor, *, group: Group, dim: int) -> Tensor:
     """Returns this rank's run along `dim` of the sum over ranks."""
+    return _sum_and_cut_later(x, group=group, dim=dim)()
+
+
+def _sum_and_cut_later(x: Tensor, *, group: Group, dim: int) -> Callable[[], Tensor]:
+    """Begins `_sum_and_cut`; returns what waits for it."""
     whole = x.movedim(dim, 0).contiguous()
     run = whole.new_empty(whole.shape[0] // dist.get_world_size(group), *whole.shape[1:])
-    _reduce_scatter(run, whole, group=group)
-    return run.movedim(0, dim).contiguous()
+    work = _reduce_scatter(run, whole, group=group, async_op=True)
+
+    def wait() -> Tensor:
+        work.wait()
+        return run.movedim(0, dim).contiguous()
+
+    return wait
 
 
 class _Copy(torch.autograd.Function):
@@ -119,6 +140,32 @@ class _SumAndCut(torch.autograd.Function):
         return _join(gradients[0], group=ctx.group, dim=ctx.dim), None, None
 
 
+class _JoinedLinear(torch.autograd.Function):
+    """A linear map of the ranks' tokens, all on every rank.
+
+    Only this rank's tokens are kept for the backward pass, which joins them again while it computes the gradient of the
+    input; that one is summed and cut while it computes the weight's (Korthikanti et al. 2022, section 4.2.2).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, group: Group) -> Tensor:
+        ctx.group = group
+        ctx.save_for_backward(x, weight)
+        return functional.linear(_join(x, group=group, dim=1), weight, bias)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        gradient = gradients[0]
+        x, weight = ctx.saved_tensors
+        joined = _join_later(x, group=ctx.group, dim=1)
+        of_input = _sum_and_cut_later(gradient @ weight, group=ctx.group, dim=1)
+        flat, tokens = gradient.flatten(0, 1), joined().flatten(0, 1)
+        of_weight = flat.t() @ tokens if ctx.needs_input_grad[1] else None
+        of_bias = flat.sum(dim=0) if ctx.needs_input_grad[2] else None
+        return of_input(), of_weight, of_bias, None
+
+
 class _SumShared(torch.autograd.Function):
     """A parameter of which some rows are also on other ranks: the gradients of these rows are summed."""
 
@@ -180,20 +227,20 @@ def sum_and_cut(x: Tensor, *, group: Group | None, dim: int) -> Tensor:
 class Column:
     """Exchange of a map that has a part of its outputs here; see `megaseq.parallel.spec.Exchange`."""
 
-    sums = False
-
     def __init__(self, ranks: TensorRanks, *, entered: bool) -> None:
         self._ranks, self._entered = ranks, entered
 
-    def enter(self, x: Tensor, *, divided: bool) -> Tensor:
-        """Returns all tokens of `x` [B, t, D]."""
+    def linear(self, x: Tensor, *, weight: Tensor, bias: Tensor | None, divided: bool) -> Tensor:
+        """Returns this rank's outputs [B, T, part of F] of all tokens of `x` [B, t, D]."""
         if self._entered:
-            return x
-        return join(x, group=self._ranks.group, dim=1, partial=True) if divided else self._ranks.copy(x)
-
-    def leave(self, y: Tensor, *, divided: bool) -> Tensor:
-        """Returns `y`: the outputs stay divided."""
-        return y
+            return functional.linear(x, weight, bias)
+        if not divided:
+            return functional.linear(self._ranks.copy(x), weight, bias)
+        kind = x.device.type
+        if torch.is_autocast_enabled(kind):  # which does not act inside an autograd function
+            dtype = torch.get_autocast_dtype(kind)
+            x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+        return _apply(_JoinedLinear, x, weight, bias, self._ranks.group)
 
     def own(self, parameter: Tensor, *, divided: bool) -> Tensor:
         """Returns the parameter; rows that other ranks hold too (key heads) have gradients summed over these."""
@@ -204,19 +251,14 @@ class Column:
 class Row:
     """Exchange of a map that reads a part of its inputs here; see `megaseq.parallel.spec.Exchange`."""
 
-    sums = True
-
     def __init__(self, ranks: TensorRanks) -> None:
         self._ranks = ranks
 
-    def enter(self, x: Tensor, *, divided: bool) -> Tensor:
-        """Returns `x`: the inputs are divided."""
-        return x
-
-    def leave(self, y: Tensor, *, divided: bool) -> Tensor:
-        """Returns the sum over ranks of `y` [B, T, D], or this rank's tokens of it."""
-        group = self._ranks.group
-        return sum_and_cut(y, group=group, dim=1) if divided else sum_over_ranks(y, group=group)
+    def linear(self, x: Tensor, *, weight: Tensor, bias: Tensor | None, divided: bool) -> Tensor:
+        """Returns the outputs [B, T, D] of `x` [B, T, part of F], summed over ranks, or this rank's tokens of them."""
+        y, group = functional.linear(x, weight), self._ranks.group
+        y = sum_and_cut(y, group=group, dim=1) if divided else sum_over_ranks(y, group=group)
+        return y if bias is None else y + bias.to(y.dtype)
 
     def own(self, parameter: Tensor, *, divided: bool) -> Tensor:
         """Returns the parameter: a bias, which is on all ranks and may be added to a part of the tokens."""
