@@ -85,6 +85,8 @@ class Engine:
         built = build_task(task_params, seed=seed, device=self.device, mesh=mesh, parallel=self.parallel)
         self.task: BaseTask = built.task
         self.context = built.context
+        self.num_parameters = built.num_parameters
+        """Elements of all parameters of the whole model."""
         if compiled:
             compile_layers(self.task)
         if activation_checkpointing is not None:

@@ -26,6 +26,8 @@ class BuiltTask:
     task: BaseTask
     context: StepContext
     """Of all its layers; the engine moves it on."""
+    num_parameters: int
+    """Elements of all parameters of the whole model, whatever of it is here."""
     plan: StagePlan | None = None
     """Of a pipeline's stages; None: the model is in one piece."""
 
@@ -54,12 +56,14 @@ def build_task(
         ParamsError: the task cannot be divided so.
     """
     task: BaseTask = params.instantiate()
+    num_parameters = sum(parameter.numel() for parameter in task.parameters())
     plan: StagePlan | None = None
     if mesh is not None and parallel is not None:
         plan = take_part(task, mesh=mesh, parallel=parallel)
     task.to(device)
     initialize(task, seed=seed, prefix="task")
-    return BuiltTask(task=task, context=bind(task, seed=seed, prefix="task"), plan=plan)
+    context = bind(task, seed=seed, prefix="task")
+    return BuiltTask(task=task, context=context, num_parameters=num_parameters, plan=plan)
 
 
 def take_part(task: BaseTask, *, mesh: Mesh, parallel: Parallel.Params) -> StagePlan | None:

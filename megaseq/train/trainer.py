@@ -283,10 +283,9 @@ class Trainer:
             self._callback.on_message(line)
         for line in self.engine.pipeline.plan.lines() if self.engine.pipeline is not None else ():
             self._callback.on_message(f"  {line}")
-        count = sum(parameter.numel() for parameter in self.engine.task.parameters())
         begin = f"goes on from step {self._step}" if resumed else "begins"
         self._callback.on_message(
-            f"{p.name} {begin} in {self.run_dir.path}: {count / 1e6:.1f} M parameters, {self.engine.precision} "
+            f"{p.name} {begin} in {self.run_dir.path}: {self.engine.num_parameters / 1e6:.1f} M parameters, {self.engine.precision} "
             f"on {device_name(self.engine.device)}, "
             f"vocabulary of {self.vocabulary.source.vocab_size}/{self.vocabulary.target.vocab_size} tokens"
         )
