@@ -285,8 +285,8 @@ class Trainer:
             self._callback.on_message(f"  {line}")
         begin = f"goes on from step {self._step}" if resumed else "begins"
         self._callback.on_message(
-            f"{p.name} {begin} in {self.run_dir.path}: {self.engine.num_parameters / 1e6:.1f} M parameters, {self.engine.precision} "
-            f"on {device_name(self.engine.device)}, "
+            f"{p.name} {begin} in {self.run_dir.path}: {self.engine.num_parameters / 1e6:.1f} M parameters, "
+            f"{self.engine.precision} on {device_name(self.engine.device)}, "
             f"vocabulary of {self.vocabulary.source.vocab_size}/{self.vocabulary.target.vocab_size} tokens"
         )
         learner = p.learner
