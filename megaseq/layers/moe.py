@@ -13,12 +13,13 @@ from megaseq.base.errors import must
 from megaseq.kernels.dropout import dropout
 from megaseq.kernels.grouped_linear import grouped_linear
 from megaseq.layers.activations import activation
+from megaseq.layers.auxiliary import AuxiliaryLoss
 from megaseq.layers.base import Layer, inherit
 from megaseq.layers.branch import Branch
 from megaseq.layers.feed_forward import FeedForward
 from megaseq.layers.initializers import Constant
 from megaseq.layers.linear import Linear
-from megaseq.layers.routing import PerExpert, Router
+from megaseq.layers.routing import Assignments, PerExpert, Router
 from megaseq.layers.sight import Sight, inner_of, stream_of
 from megaseq.layers.tokens import token_numbers
 from megaseq.parallel.spec import Axis, Ranks
@@ -162,9 +163,10 @@ class MixtureOfExperts(Branch):
         segment_ids = None if sight is None else sight.segment_ids
         real = None if segment_ids is None else segment_ids > 0
         total = None if sight is None or sight.row is None else sight.row.ranks.sum
-        pairs, losses = self.router(entered, real=real, tokens=tokens, sum_over_row=total)
+        found, losses = self.router(entered, real=real, tokens=tokens, sum_over_row=total)
+        pairs = Assignments(*found)
         if self.context.auxiliary is not None:
-            self.context.auxiliary.append(losses)
+            self.context.auxiliary.append(AuxiliaryLoss(*losses))
         names = token_numbers(tokens, batch=batch, count=length, device=x.device).flatten()[pairs.tokens]
         names = names * self.params.num_experts + pairs.experts
         rows = entered.flatten(0, 1).index_select(0, pairs.tokens)

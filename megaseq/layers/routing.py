@@ -18,12 +18,13 @@ from megaseq.base import FROM_PARENT, Problem
 from megaseq.base.errors import must
 from megaseq.kernels.dropout import mix_key
 from megaseq.kernels.dropout.reference import uniform
-from megaseq.layers.auxiliary import AuxiliaryLoss
 from megaseq.layers.base import Layer
 from megaseq.layers.initializers import Initializer, TruncatedGaussian
 from megaseq.layers.tokens import Tokens, starts
 from megaseq.parallel.spec import ContextRanks
 
+Metrics = dict[str, tuple[Tensor, Tensor]]
+"""(sum, weight) pairs without gradient, by name."""
 Method = Literal["top1", "top2", "expert_choice"]
 
 
@@ -115,7 +116,7 @@ class Router(Layer):
         real: Tensor | None,
         tokens: Tokens | None = None,
         sum_over_row: Callable[[Tensor], Tensor] | None = None,
-    ) -> tuple[Assignments, AuxiliaryLoss]:
+    ) -> tuple[tuple[Tensor, ...], tuple[Tensor, Metrics]]:
         """Pairs the tokens of `x` [B, T, D] with experts.
 
         Args:
@@ -123,6 +124,10 @@ class Router(Layer):
             real: bool [B, T], False for padding, which goes to no expert and counts for nothing; None: none.
             tokens: which rows and tokens `x` holds; None: the context's rows, whole.
             sum_over_row: sums over the ranks that share rows; None where all tokens of a row are here.
+
+        Returns:
+            The fields of `Assignments` and of `AuxiliaryLoss`: not the objects, because ZeRO stage 3 has the weights
+            ready for the backward pass of those tensors that it finds in tuples.
         """
         p = self.params
         logits = self._logits(x, tokens=tokens)
@@ -149,7 +154,7 @@ class Router(Layer):
         loss, metrics = self._losses(logits, probabilities=probabilities, real=real, load=whole)
         count = wanted.to(logits.dtype)
         metrics["experts_dropped"] = (count - kept.sum(), count)
-        return assignments, AuxiliaryLoss(loss, metrics)
+        return assignments, (loss, metrics)
 
     def _logits(self, x: Tensor, *, tokens: Tokens | None) -> Tensor:
         """Returns the scores [B, T, E]; half precision would send tokens to other experts at random."""
@@ -220,17 +225,16 @@ def _capacity(real: Tensor, *, factor: float) -> Tensor:
     return (real.sum(dim=1).double() * factor - 1e-9).ceil().long().clamp_min(1)
 
 
-def _sorted_by_expert(kept: Tensor, *, gates: Tensor) -> Assignments:
-    """Lists the pairs of `kept` bool [B, T, E], expert by expert, tokens in order, with their `gates` [B, T, E]."""
+def _sorted_by_expert(kept: Tensor, *, gates: Tensor) -> tuple[Tensor, ...]:
+    """Lists the pairs of `kept` bool [B, T, E], expert by expert, tokens in order, with their `gates` [B, T, E].
+
+    Returns:
+        The fields of `Assignments`.
+    """
     number = kept.shape[2]
     by_expert = kept.flatten(0, 1).t()
     experts, tokens = by_expert.nonzero(as_tuple=True)
-    return Assignments(
-        tokens=tokens,
-        experts=experts,
-        gates=gates.flatten(0, 1)[tokens, experts],
-        counts=torch.bincount(experts, minlength=number),
-    )
+    return tokens, experts, gates.flatten(0, 1)[tokens, experts], torch.bincount(experts, minlength=number)
 
 
 class PerExpert(Initializer):

@@ -31,6 +31,10 @@ KEY_HEADS: dict[str, Any] = {
 }
 """Fewer key heads than tensor ranks."""
 
+INTERLEAVED: dict[str, Any] = {"pipeline.schedule": "interleaved"}
+ZERO_BUBBLE: dict[str, Any] = {"pipeline.schedule": "zero_bubble_v"}
+CUBE: dict[str, Any] = {"data": 2, "tensor": 2, "pipe": 2}
+
 ROWS: list[Row] = [
     ("accumulation4", {}, 1, {"accumulation": 4}),
     ("dp2", {"data": 2}, 2, {}),
@@ -71,10 +75,14 @@ ROWS: list[Row] = [
     ("dp2-tp2-zero3-shared-key-heads", {"data": 2, "tensor": 2, "zero.stage": 3}, 4, {"task": KEY_HEADS}),
     ("tp2-sequence-bf16", {"tensor": 2, "sequence": True}, 2, BF16),
     ("dp2-tp2-zero1", {"data": 2, "tensor": 2, "zero.stage": 1}, 4, {}),
-    ("dp2-tp2-zero2", {"data": 2, "tensor": 2, "zero.stage": 2, "sequence": True}, 4, {}),
     ("dp2-tp2-zero3", {"data": 2, "tensor": 2, "zero.stage": 3, "zero.persistence_elements": 0}, 4, {}),
     ("dp2-pp2-zero1", {"data": 2, "pipe": 2, "zero.stage": 1}, 4, {"varying": True}),
     ("dp2-pp2-zero2", {"data": 2, "pipe": 2, "zero.stage": 2}, 4, {}),
+    ("dp2-pp2-zero1-interleaved", {"data": 2, "pipe": 2, "zero.stage": 1, **INTERLEAVED}, 4, {}),
+    ("dp2-pp2-zero1-bf16", {"data": 2, "pipe": 2, "zero.stage": 1}, 4, BF16),
+    ("dp2-pp2-zero2-bf16", {"data": 2, "pipe": 2, "zero.stage": 2}, 4, BF16),
+    ("dp2-tp2-pp2-zero1", {**CUBE, "zero.stage": 1}, 8, {"varying": True, "timeout_seconds": 400}),
+    ("dp2-tp2-pp2-zero1-zero-bubble", {**CUBE, **ZERO_BUBBLE, "zero.stage": 1}, 8, {"timeout_seconds": 400}),
     ("pp2-gpipe", {"pipe": 2, "pipeline.schedule": "gpipe"}, 2, {}),
     ("pp2-1f1b", {"pipe": 2}, 2, {"accumulation": 4}),
     ("pp2-interleaved", {"pipe": 2, "pipeline.schedule": "interleaved"}, 2, {"varying": True}),
@@ -97,6 +105,11 @@ ROWS: list[Row] = [
     ("cp2-tp2-sequence", {"context": 2, "tensor": 2, "sequence": True}, 4, {}),
     ("ep2-tp2", {"data": 2, "expert": 2, "tensor": 2}, 4, {"task": EXPERTS}),
     ("dp2-cp2", {"data": 2, "context": 2}, 4, {}),
+    ("cp2-bf16", {"context": 2}, 2, BF16),
+    ("cp2-ulysses-bf16", {"context": 2, "context_method": "ulysses"}, 2, BF16),
+    ("cp2-zero2", {"context": 2, "zero.stage": 2}, 2, {}),
+    ("cp2-zero3", {"context": 2, "zero.stage": 3}, 2, {"varying": True}),
+    ("dp2-zero3-experts", {"data": 2, "zero.stage": 3}, 2, {"task": EXPERTS}),
     ("ep2-cp2", {"data": 2, "expert": 2, "context": 2}, 4, {"task": EXPERTS}),
 ]
 
