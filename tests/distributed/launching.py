@@ -134,6 +134,12 @@ def free_port() -> int:
         return port
 
 
+def listens(port: int) -> bool:
+    """Returns whether somebody listens at a port of this machine."""
+    with socket.socket() as client:
+        return client.connect_ex(("127.0.0.1", port)) == 0
+
+
 def start(command: Sequence[str], *, log: Path, env: Mapping[str, str]) -> subprocess.Popen[bytes]:
     """Starts a command in a session of its own, its output in the file `log`."""
     with log.open("wb") as file:

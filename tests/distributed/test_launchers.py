@@ -24,6 +24,7 @@ from tests.distributed.launching import (
     finish,
     free_port,
     kill_session,
+    listens,
     losses,
     rank_processes,
     start,
@@ -246,7 +247,8 @@ def test_a_lost_machine_is_left_behind(cache: Path, tmp_path: Path, programs: Pa
     overrides = ("train.max_steps=100000", "checkpoint.interval_steps=2", "checkpoint.asynchronous=false")
     command = ["bash", "launch/torchrun.sh", *train(run_dir, cache=cache, overrides=overrides)[1:]]
     running = [start(command, log=logs[0], env=env)]
-    # The first one keeps the meeting point, so it is the second that may be lost.
+    # Who comes first keeps the meeting point; it is the other one that may be lost.
+    wait_for(lambda: listens(port), process=running[0], log=logs[0])
     running.append(start(command, log=logs[1], env=env))
     wait_for(lambda: len(losses(run_dir)) > 4, process=running[0], log=logs[0])
     for pid in [*descendants(running[1].pid), running[1].pid]:
