@@ -110,6 +110,9 @@ def test_arrays_that_do_not_fit_are_refused() -> None:
     floats = np.zeros(4, dtype=np.float32)
     with pytest.raises(ValueError, match="must have as many outputs as inputs"):
         csrc().dropout_apply(floats, floats[:3], 1, 0, 5, 1.0)
+    for runs in (3, 0):
+        with pytest.raises(ValueError, match="must have runs of equal length"):
+            csrc().dropout_apply_runs(floats, floats, 1, np.zeros(runs, dtype=np.int64), 5, 1.0)
     with pytest.raises(TypeError):
         csrc().dropout_apply(floats.astype(np.float64), floats, 1, 0, 5, 1.0)
     with pytest.raises(TypeError):
