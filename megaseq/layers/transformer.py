@@ -267,7 +267,11 @@ class Stack(Layer):
         return SharedRow(self.context_ranks, segment_ids=segment_ids, row_start=row_start, row_stride=row_stride)
 
     def finish(self, x: Tensor, *, sight: Sight | None = None) -> Tensor:
-        """Returns the stack's output [B, T, D] of the residual stream after the last layer, all tokens of it."""
+        """Returns the stack's output [B, T, D] of the residual stream after the last layer, all tokens of it.
+
+        Where tensor ranks share `read_by`, everything that reads the output must be divided along it: gradients are
+        summed over these ranks.
+        """
         tokens = stream_of(sight)
         if self.final_norm is not None:
             x = self.final_norm(x, tokens=tokens)
