@@ -28,6 +28,7 @@ SHRUNK_BENCHMARKS = {
     "train_cpu.py": ["--seconds", "1", "--rounds", "1", "--tokens", "256", "--precision", "fp32"],
     "decode_cpu.py": ["--sources", "4", "--batch-sizes", "2", "--repeats", "1"],
     "input_5m.py": ["--pairs", "20000", "--seconds", "1"],
+    "checkpoint.py": ["--megabytes", "1", "--ranks", "1", "2", "--repeats", "1"],
     "packing.py": ["--pairs", "20000", "--vocab-size", "300"],
 }
 NOT_RUN = {

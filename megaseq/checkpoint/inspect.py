@@ -16,6 +16,8 @@ from megaseq.checkpoint.reading import OpenCheckpoint
 def inspect(path: str | os.PathLike[str], *, pattern: str | None = None) -> str:
     """Returns a description of the checkpoint at `path`, or, for a run directory, a table of its checkpoints.
 
+    With a `pattern` the newest checkpoint of a run directory is described.
+
     Every file is verified against the manifest.
 
     Args:
@@ -29,7 +31,7 @@ def inspect(path: str | os.PathLike[str], *, pattern: str | None = None) -> str:
     path = Path(path)
     for folder in (path / "checkpoints", path):
         steps = list_steps(folder)
-        if steps and not (path / MANIFEST).exists():
+        if steps and pattern is None and not (path / MANIFEST).exists():
             return "\n".join(_row(folder / step_name(step)) for step in steps)
     opened = OpenCheckpoint(path)
     verify_files(opened.path, manifest=opened.manifest)

@@ -52,6 +52,8 @@ def test_a_run_is_a_table_with_the_damaged_marked(make: Make, folder: Path, caps
     first, second = capsys.readouterr().out.splitlines()
     assert first.startswith("step_00000001  damaged: ") and "state.json" in first
     assert second.startswith("step_00000002  0.0 MB  whole  loss 2")
+    assert run("inspect", str(folder.parent), "--tensors", "scale") == 0
+    assert "  task.encoder.scale  float32 []" in capsys.readouterr().out.splitlines()
     with pytest.raises(CheckpointError, match=r"state\.json"):
         run("inspect", str(checkpointer.path(1)))
 
