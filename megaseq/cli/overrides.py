@@ -49,7 +49,13 @@ def editor(arguments: argparse.Namespace) -> Callable[[Params], object]:
     """Returns what applies the overrides of `arguments` to the params of a checkpoint.
 
     There the data directory replaces the one that the run was trained with, which may be of another machine.
+
+    Raises:
+        ParamsError: a layout is asked for.
     """
+    if asked := [text for text in arguments.overrides if text.startswith("parallel.")]:
+        remedy = "Leave it out: one process reads a checkpoint of any layout"
+        raise must(asked[0].partition("=")[0], "not be set for evaluation and decoding", AsText("given"), remedy)
 
     def edit(params: Params) -> None:
         if arguments.data_dir:

@@ -12,7 +12,7 @@ from megaseq.parallel.mesh import Mesh
 from megaseq.parallel.place import Place
 from megaseq.parallel.process import Team, code_hash, text_hash
 from megaseq.parallel.refusals import check_layout
-from megaseq.train.device import resolve_device
+from megaseq.train.device import device_name, resolve_device
 from megaseq.train.experiment import Run
 from megaseq.train.model_facts import model_facts
 
@@ -62,17 +62,20 @@ def begin(params: Run.Params, *, team: Team) -> tuple[torch.device, Mesh]:
     return device, Mesh(layout, rank=team.rank, timeout_seconds=params.parallel.timeout_seconds * 1.25 + 10)
 
 
-def placement(mesh: Mesh, *, team: Team, device: str) -> list[str]:
+def placement(mesh: Mesh, *, team: Team, device: torch.device, task: torch.nn.Module) -> list[str]:
     """Returns lines that say which rank is where and has what; all ranks call it. One process needs none.
 
     Args:
         mesh: of the run.
         team: of the run.
-        device: name of this process's device.
+        device: of this process.
+        task: what this process has of the model.
     """
     if team.world_size == 1:
         return []
-    hosts, devices = team.hosts(), [str(name) for name in team.gather(device)]
+    hosts, devices = team.hosts(), [str(name) for name in team.gather(device_name(device))]
+    # Under ZeRO stage 3 a parameter has nothing but `ds_tensor`, this rank's share, between its uses.
+    held = team.gather(sum(getattr(parameter, "ds_tensor", parameter).numel() for parameter in task.parameters()))
     kinds = ", ".join(dict.fromkeys(name.split(" ")[-1] if "(" not in name else name for name in devices))
     machines = len(set(hosts))
     lines = [
@@ -89,5 +92,5 @@ def placement(mesh: Mesh, *, team: Team, device: str) -> list[str]:
         named = [f"{axis} {place[axis]}" for axis in ("data", "pipe", "context", "tensor") if mesh.size(axis) > 1]
         if mesh.layout.expert > 1:
             named.append(f"expert {place['expert']}")
-        lines.append(f"  rank {rank} on {host}, {name}: {', '.join(named)}")
+        lines.append(f"  rank {rank} on {host}, {name}: {', '.join(named)}, {held[rank] / 1e6:.1f} M parameters")
     return lines

@@ -279,10 +279,15 @@ class Trainer:
         self._callback.on_start(facts)
         if self.team.is_first:
             self.run_dir.write_status(step=self._step, status="running")
-        for line in placement(self.mesh, team=self.team, device=device_name(self.engine.device)):
+        for line in placement(self.mesh, team=self.team, device=self._device, task=self.engine.task):
             self._callback.on_message(line)
         for line in self.engine.pipeline.plan.lines() if self.engine.pipeline is not None else ():
             self._callback.on_message(f"  {line}")
+        if self.team.is_first and self.team.world_size > 1:
+            from megaseq.train.planning.at_start import memory_lines
+
+            for line in memory_lines(p, layout=self.mesh.layout, precision=self.engine.precision):
+                self._callback.on_message(line)
         begin = f"goes on from step {self._step}" if resumed else "begins"
         self._callback.on_message(
             f"{p.name} {begin} in {self.run_dir.path}: {self.engine.num_parameters / 1e6:.1f} M parameters, "
