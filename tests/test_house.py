@@ -33,8 +33,8 @@ ONLY_MODULE = {("layers", "parallel"): "megaseq.parallel.spec"}
 
 OPTIONAL_PACKAGES = {"deepspeed", "triton", "apex", "wandb", "transformers", "fastapi", "tensorboard"}
 
-# Their arguments have one natural order that every caller knows.
-POSITIONAL_BY_NATURE = {"must", "sentence", "data_error", "add_slot"}
+# Their arguments have one natural order that every caller knows, or an order that torch gives them.
+POSITIONAL_BY_NATURE = {"must", "sentence", "data_error", "add_slot", "backward_one_chunk"}
 
 MAX_POSITIONAL, MAX_ARGUMENTS = 2, 8
 MAX_FILE_LINES, MAX_KERNEL_FILE_LINES, MAX_FUNCTION_LINES = 600, 800, 100

@@ -3,6 +3,8 @@
 `runner.PipelineRunner` runs them; it is not imported here, because torch's schedules take as long to import as torch.
 """
 
+from __future__ import annotations
+
 from megaseq.parallel.pipeline.cut import keep_tensors
 from megaseq.parallel.pipeline.decoding import PipelinedDecoder
 from megaseq.parallel.pipeline.job import PipelineJob
