@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +16,8 @@ from megaseq.learner import Adafactor, MovingAverage, ParameterRule
 from megaseq.train.engine import Engine
 
 from .harness import run_ranks
+from .launching import losses, run_megaseq
+from .launching import train as train_arguments
 from .parity import Case, local_rows, make_engine, packed_batch
 
 AVERAGE = {"ema": MovingAverage.Params(decay=0.9)}
@@ -22,11 +25,11 @@ AVERAGE = {"ema": MovingAverage.Params(decay=0.9)}
 
 def train(engine: Engine, *, first: int, stop: int) -> list[float]:
     """Losses of steps `first` to `stop`."""
-    losses = []
+    means = []
     for step in range(first, stop):
         result = engine.train_step(local_rows(packed_batch(step), mesh=engine.mesh), step=step)
-        losses.append(result.loss_sum / result.weight)
-    return losses
+        means.append(result.loss_sum / result.weight)
+    return means
 
 
 def whole(pieces: list[Piece]) -> dict[str, torch.Tensor]:
@@ -118,7 +121,7 @@ def test_ranks_may_do_unequal_work_while_they_evaluate() -> None:
 
 
 def _change_rank(rank: int, stages: tuple[int, ...], offload: str) -> list[float]:
-    losses: list[float] = []
+    figures: list[float] = []
     tensors: dict[str, torch.Tensor] = {}
     state: dict[str, Any] = {}
     for turn, stage in enumerate(stages):
@@ -129,17 +132,17 @@ def _change_rank(rank: int, stages: tuple[int, ...], offload: str) -> list[float
         if turn:
             fill(engine.pieces(), tensors)
             engine.loaded(learner_state=state)
-        losses += train(engine, first=2 * turn, stop=2 * turn + 2)
+        figures += train(engine, first=2 * turn, stop=2 * turn + 2)
         tensors, state = whole(engine.pieces()), engine.learner.state()
-    return losses
+    return figures
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("stages", "offload"), [((1, 3, 0, 2, 1), "none"), ((3, 2, 3), "cpu"), ((0, 3, 3), "none")])
 def test_a_run_goes_on_with_another_stage(stages: tuple[int, ...], offload: str) -> None:
     expected = run_ranks(_change_rank, world_size=2, arguments=((0,) * len(stages), "none"))[0]
-    losses = run_ranks(_change_rank, world_size=2, arguments=(stages, offload), timeout_seconds=300)[0]
-    assert losses == pytest.approx(expected, rel=1e-5)
+    got = run_ranks(_change_rank, world_size=2, arguments=(stages, offload), timeout_seconds=300)[0]
+    assert got == pytest.approx(expected, rel=1e-5)
 
 
 def _frozen_rank(rank: int, parallel: dict[str, Any], precision: str) -> list[float]:
@@ -149,7 +152,7 @@ def _frozen_rank(rank: int, parallel: dict[str, Any], precision: str) -> list[fl
     }
     engine = make_engine(Case(parallel=parallel, learner=learner, precision=precision), rank=rank)
     before = whole(engine.pieces())
-    losses = train(engine, first=0, stop=4)
+    means = train(engine, first=0, stop=4)
     after = whole(engine.pieces())
     frozen = [name for name in before if ".encoder.layers.0." in name]
     assert frozen and all(name.startswith("task.") for name in frozen)
@@ -157,7 +160,7 @@ def _frozen_rank(rank: int, parallel: dict[str, Any], precision: str) -> list[fl
         assert after[name].dtype is torch.float32 and torch.equal(after[name], before[name]), name
     fill(engine.pieces(), after)
     engine.updater.publish()
-    return [*losses, *train(engine, first=4, stop=6)]
+    return [*means, *train(engine, first=4, stop=6)]
 
 
 @pytest.mark.parametrize(("stage", "precision"), [(1, "fp32"), (3, "fp32"), (2, "bf16"), (3, "bf16")])
@@ -183,3 +186,29 @@ def test_frozen_parameters_stay_and_are_saved(stage: int, precision: str) -> Non
 def test_what_cannot_be_shared_is_refused(parallel: dict[str, Any], learner: dict[str, Any], line: str) -> None:
     with pytest.raises(ParamsError, match=line):
         make_engine(Case(parallel=parallel, learner=learner), rank=0)
+
+
+@pytest.mark.slow
+def test_a_run_with_stage_3_evaluates_decodes_saves_and_goes_on(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    overrides = (
+        "parallel.data=2",
+        "parallel.zero.stage=3",
+        "parallel.zero.persistence_elements=0",
+        "learner.ema.cls=megaseq.learner.ema.MovingAverage",
+        "train.eval_interval_steps=3",
+        "train.decode_interval_steps=3",
+        "checkpoint.interval_steps=3",
+    )
+    texts = []
+    for max_steps in (3, 6):
+        arguments = train_arguments(
+            tmp_path / "run", cache=tmp_path / "cache", overrides=(*overrides, f"train.max_steps={max_steps}")
+        )
+        code, text = run_megaseq([*arguments, "--allow-changed-params"], log=log)
+        assert code == 0, text
+        texts.append(text)
+    assert "goes on from step 3" in texts[1]
+    for text in texts:
+        assert "eval/held_out" in text and "decode/held_out" in text
+    assert list(losses(tmp_path / "run")) == [1, 2, 3, 4, 5, 6]

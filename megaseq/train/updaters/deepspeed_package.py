@@ -21,6 +21,11 @@ from megaseq.parallel.mesh import Mesh
 from megaseq.parallel.mpu import ModelParallelUnit
 
 
+def _is_news(record: logging.LogRecord) -> bool:
+    """Whether a line of DeepSpeed's log says something that a user can act on."""
+    return "untested optimizer" not in record.getMessage()
+
+
 def load_deepspeed(device: torch.device) -> ModuleType:
     """Imports DeepSpeed for a device; it compiles nothing, now or later, and says nothing but warnings.
 
@@ -32,7 +37,9 @@ def load_deepspeed(device: torch.device) -> ModuleType:
     deepspeed = optional("deepspeed", needed_for="ZeRO (parallel.zero.stage of 1 to 3)")
     # An all-reduce for inference on CPUs, which would be compiled at the first collective (70 to 150 s).
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    logger = logging.getLogger("DeepSpeed")
+    logger.setLevel(logging.WARNING)
+    logger.addFilter(_is_news)
     # Collectives that DeepSpeed calls by names which torch has renamed.
     warnings.filterwarnings("ignore", message="`torch.distributed.*is deprecated", category=FutureWarning)
     return deepspeed
