@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from megaseq.base.errors import TrainingError
 from megaseq.train.local_sgd.compression import decode, encode
 from megaseq.train.local_sgd.messages import Channel, Message
 from megaseq.train.local_sgd.params import LocalSGD
@@ -211,3 +212,9 @@ def test_it_is_done_when_all_have_finished(server: OuterServer) -> None:
     while not server.done and time.monotonic() < deadline:
         time.sleep(0.02)
     assert server.done and server.sent_bytes > 80 and server.received_bytes > 40
+
+
+def test_an_address_that_cannot_be_listened_at_is_named(server: OuterServer) -> None:
+    for address in (server.address, "127.0.0.1:port", "nowhere.invalid:1"):
+        with pytest.raises(TrainingError, match=r"must be a free HOST:PORT of this machine, but is "):
+            OuterServer(address)
