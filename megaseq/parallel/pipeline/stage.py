@@ -65,15 +65,15 @@ class ScheduledStage(PipelineStage):
         self.submod.micro_batch = fwd_chunk_id
         return super().forward_one_chunk(fwd_chunk_id, *arguments, **options)
 
-    def backward_one_chunk(
-        self, bwd_chunk_id: int, loss: Tensor | None = None, full_backward: bool = True, last_backward: bool = False
-    ) -> None:
-        """See `PipelineStage`."""
+    def backward_one_chunk(self, bwd_chunk_id: int, **options: Any) -> None:  # type: ignore[override]
+        """See `PipelineStage`; schedules name all options."""
         job = self.submod.job
-        if job is not None and full_backward:
+        # The other half of a backward pass that comes in two is `backward_weight_one_chunk`.
+        whole = options.get("full_backward", True)
+        if job is not None and whole:
             job.before_backward()
-        super().backward_one_chunk(bwd_chunk_id, loss, full_backward, last_backward)
-        if job is not None and full_backward:
+        super().backward_one_chunk(bwd_chunk_id, **options)
+        if job is not None and whole:
             job.after_backward()
 
     def backward_weight_one_chunk(self, bwd_chunk_id: int, last_backward: bool = False) -> None:
