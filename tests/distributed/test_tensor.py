@@ -81,8 +81,8 @@ def alone(names: tuple[str, ...], dtype: str = "float32") -> dict[str, Arrays]:
     [
         ({"tensor": 2}, 2),
         ({"tensor": 2, "sequence": True}, 2),
-        ({"tensor": 4}, 4),
-        ({"tensor": 4, "sequence": True}, 4),
+        pytest.param({"tensor": 4}, 4, marks=pytest.mark.slow),
+        pytest.param({"tensor": 4, "sequence": True}, 4, marks=pytest.mark.slow),
         ({"tensor": 2, "rules": {"vocab": "none"}, "sequence": True}, 2),
         ({"tensor": 2, "rules": {"heads": "none"}}, 2),
     ],
