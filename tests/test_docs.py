@@ -30,6 +30,7 @@ SHRUNK_BENCHMARKS = {
     "input_5m.py": ["--pairs", "20000", "--seconds", "1"],
     "checkpoint.py": ["--megabytes", "1", "--ranks", "1", "2", "--repeats", "1"],
     "local_sgd.py": ["--steps", "4", "--inner-steps", "2", "--workers", "2", "--compressions", "int8"],
+    "scaling.py": ["--steps", "1", "--rounds", "1", "--model-dim", "32", "--num-layers", "1", "--layouts", "data=2"],
     "packing.py": ["--pairs", "20000", "--vocab-size", "300"],
 }
 NOT_RUN = {

@@ -37,7 +37,8 @@ def dry_run(subject: Subject, *, hardware: Hardware, rank: int) -> Iterator[str]
     layout = candidate.layout
     place = layout.coordinates(rank)
     yield f"layout {layout} on {hardware.devices} devices: {candidate.overrides()}"
-    yield f"rank {rank} is " + ", ".join(f"{axis} {index}" for axis, index in place.items() if layout.size(axis) > 1)
+    axes = [axis for axis in ("data", "pipe", "context", "tensor", "expert") if layout.size(axis) > 1] or ["data"]
+    yield f"rank {rank} is " + ", ".join(f"{axis} {index}" for axis, index in place.items() if axis in axes)
     with fake_processes(layout, rank=rank, timeout_seconds=candidate.parallel.timeout_seconds) as mesh:
         task = meta_task(subject.task)
         plan = take_part(task, mesh=mesh, parallel=candidate.parallel)

@@ -6,10 +6,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from megaseq.kernels.functions import apply_one
 from megaseq.layers.attention import Attention
 from megaseq.layers.base import Layer
+from megaseq.layers.moe import MixtureOfExperts
+from megaseq.layers.routing import Router
 
 
 def install_stand_ins(module: nn.Module) -> None:
@@ -21,6 +24,10 @@ def install_stand_ins(module: nn.Module) -> None:
     for part in module.modules():
         if isinstance(part, Attention):
             object.__setattr__(part, "attend", _attend_of(part))
+        if isinstance(part, Router):
+            object.__setattr__(part, "forward", _route_of(part))
+        if isinstance(part, MixtureOfExperts):
+            object.__setattr__(part, "drop_hidden", _drop_hidden)
         if isinstance(part, Layer):
             object.__setattr__(part, "drop", _drop_of(part))
             object.__setattr__(part, "drop_add", _drop_add_of(part))
@@ -37,6 +44,29 @@ def _attend_of(attention: Attention) -> Any:
         return apply_one(_FusedAttention, query, key, options["value"], stored).flatten(2)
 
     return attend
+
+
+def _route_of(router: Router) -> Any:
+    p = router.params
+    factor = p.capacity_factor
+    choices = (factor or 1.0) if p.method == "expert_choice" else (2 if p.method == "top2" else 1) * min(factor or 1, 1)
+
+    def route(x: Tensor, **_: Any) -> Any:
+        """Sends all experts equally many tokens."""
+        logits = functional.linear(x.float(), router.weight.float())
+        number = min(int(x.shape[0] * x.shape[1] * choices), logits.numel())
+        tokens = torch.empty(number, dtype=torch.int64, device=x.device)
+        # On the host, where the experts read them.
+        counts = torch.full((p.num_experts,), number // p.num_experts, device="cpu")
+        counts[: number % p.num_experts] += 1
+        gates = logits.softmax(dim=-1).flatten()[:number]
+        return (tokens, tokens, gates, counts), (logits.logsumexp(dim=-1).square().sum(), {})
+
+    return route
+
+
+def _drop_hidden(hidden: Tensor, **_: Any) -> Tensor:
+    return apply_one(_Mask, hidden, None)
 
 
 def _drop_of(layer: Layer) -> Any:
