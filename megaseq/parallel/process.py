@@ -171,7 +171,8 @@ class Team:
             first, lost = False, True  # The process that keeps the store is gone: its launcher tells of it.
         self._meet_to_leave(timeout_seconds=3.0)
         if not first:
-            raise EndedElsewhereError(self._code_elsewhere(self._store) or code) from None
+            elsewhere = self._code_elsewhere(self._store)
+            raise EndedElsewhereError(code if elsewhere is None else elsewhere) from None
         if lost:
             raise must(
                 f"rank {self.rank}",

@@ -81,6 +81,25 @@ def test_a_signal_to_one_stops_all_at_one_step(
 
 
 @pytest.mark.slow
+def test_a_signal_to_one_before_the_first_step_ends_all(cache: Path, tmp_path: Path) -> None:
+    run_dir, log = tmp_path / "run", tmp_path / "log"
+    long = (*TWO, "train.max_steps=100000", "train_input.source.num_examples=400000")
+    process = start(
+        [sys.executable, "-m", "megaseq", *train(run_dir, cache=tmp_path / "cache", overrides=long)],
+        log=log,
+        env=environment(),
+    )
+    wait_for((run_dir / "params.yaml").exists, process=process, log=log)
+    time.sleep(2.0)
+    os.kill(rank_processes(process.pid)[1], signal.SIGTERM)
+    code, text = finish(process, log=log)
+    assert code == 0, text
+    assert text.count("SIGTERM: nothing to save yet, the same command begins again") == 1
+    assert "Traceback" not in text
+    assert not losses(run_dir)
+
+
+@pytest.mark.slow
 def test_a_killed_rank_ends_all_with_its_code(cache: Path, tmp_path: Path) -> None:
     run_dir, log = tmp_path / "run", tmp_path / "log"
     endless = (*TWO, "train.max_steps=100000")
