@@ -195,10 +195,11 @@ class MixtureOfExperts(Branch):
         if self.gate is not None:
             hidden = hidden * self.up(x, counts=counts)
         if self.training and self.params.activation_dropout:
-            hidden = self._drop_hidden(hidden, names=names)
+            hidden = self.drop_hidden(hidden, names=names)
         out: Tensor = self.down(hidden, counts=counts)
         return out
 
-    def _drop_hidden(self, hidden: Tensor, *, names: Tensor) -> Tensor:
+    def drop_hidden(self, hidden: Tensor, *, names: Tensor) -> Tensor:
+        """Returns the hidden units [A, F] of pairs with `names` [A], some of them zero."""
         rate, key = self.params.activation_dropout, self.dropout_key(site=1)
         return dropout(hidden, rate=rate, key=key, offset=names * self._columns[1] + self._columns[0])
