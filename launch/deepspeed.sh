@@ -15,4 +15,4 @@ shift
 megaseq hosts "$hostfile"
 
 read -r -a options <<<"${MEGASEQ_DEEPSPEED:-}"
-exec deepspeed --hostfile "$hostfile" "${options[@]}" --module megaseq train "$@"
+exec deepspeed --hostfile "$hostfile" ${options[@]+"${options[@]}"} --module megaseq train "$@"

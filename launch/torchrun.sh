@@ -26,4 +26,4 @@ fi
 # Without the last, SIGUSR1 would end torchrun and leave its processes behind.
 options+=(--signals-to-handle SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 --shutdown-timeout 300)
 read -r -a more <<<"${MEGASEQ_TORCHRUN:-}"
-exec torchrun "${options[@]}" "${more[@]}" --module megaseq train "$@"
+exec torchrun "${options[@]}" ${more[@]+"${more[@]}"} --module megaseq train "$@"
