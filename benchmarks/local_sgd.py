@@ -3,12 +3,15 @@
     python benchmarks/local_sgd.py --data-dir PATH_OF_MULTI30K [--workers 2 4] [--steps N] [--inner-steps H]
 
 A tiny Transformer learns Multi30k. The synchronous run sees the whole batch at every step; of N workers each sees an
-N-th of it. Workers are threads here, but they meet at a real server over TCP, and the bytes are those that went through
-it. What synchronous training on N workers sends is reckoned, not measured: a ring all-reduce of fp32 gradients sends
-2 (N - 1) / N times the parameters from each worker at every step.
+N-th of it. As in the paper, the workers part when the model has learned something: they begin with weights, moments
+and data position of the synchronous run after `--common-steps`. Workers are threads here, but they meet at a real
+server over TCP, and the bytes are those that went through it. What synchronous training on N workers sends is reckoned,
+not measured: a ring all-reduce of fp32 gradients sends 2 (N - 1) / N times the parameters from each worker at every
+step.
 
 Columns: loss of the validation set (label smoothing included) after the last step, relative to the synchronous one;
-bytes that a worker sends, and what synchronous training would send for each of them.
+bytes that a worker sends after it has joined, and what synchronous training would send for each of them. A worker
+receives as much as it sends, but where changes are compressed, once more all parameters at the end.
 """
 
 from __future__ import annotations
@@ -19,7 +22,7 @@ import tempfile
 import threading
 import time
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -55,6 +58,14 @@ class Trained(NamedTuple):
     """By one worker."""
 
 
+class Common(NamedTuple):
+    """Where the synchronous run stood when the workers part."""
+
+    tensors: dict[str, torch.Tensor]
+    learner: dict[str, Any]
+    data: dict[str, Any]
+
+
 def run_params(arguments: argparse.Namespace) -> Run.Params:
     """The tiny experiment."""
     params: Run.Params = registry.params("mt.multi30k.Small")
@@ -76,6 +87,7 @@ class Bench:
         self.arguments = arguments
         self.params = run_params(arguments)
         self.cache = cache
+        self._common: Common | None = None
         self.vocabulary: Vocabulary = self.params.vocabulary.instantiate(
             learn_from=self.params.train_input.source, cache_dir=cache
         )
@@ -108,17 +120,25 @@ class Bench:
             precision=p.train.precision,
         )
         data = parts.train_input(p, vocabulary=self.vocabulary, cache=self.cache, data_rank=index, data_ranks=workers)
+        first, sent = 0, 0.0
+        if self._common is not None:
+            engine.load_state(self._common.tensors, learner_state=self._common.learner)
+            data.load_state_dict(self._common.data)
+            first = self.arguments.common_steps
         worker = Worker.of(local, engine=engine, team=Team(Place()))
         if worker is not None:
             worker.join()
+            sent = -worker.figures()["local_sgd/sent_bytes"]
         batches = iter(data)
-        for step in range(self.arguments.steps):
+        for step in range(first, self.arguments.steps):
+            if worker is None and self._common is None and step == self.arguments.common_steps:
+                tensors = {name: tensor.clone() for name, tensor in engine.state_tensors().items()}
+                self._common = Common(tensors, learner=engine.learner.state(), data=data.state_dict())
             engine.train_step(next(batches), step=step)
             if worker is not None:
                 worker.after_step(last=step + 1 == self.arguments.steps)
-        sent = 0.0
         if worker is not None:
-            sent = worker.figures()["local_sgd/sent_bytes"]
+            sent += worker.figures()["local_sgd/sent_bytes"]
             worker.leave(finished=True)
         return Trained(loss=self._loss(engine) if index == 0 else 0.0, sent_bytes=sent)
 
@@ -138,12 +158,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data-dir", type=Path, required=True)
     parser.add_argument("--workers", type=int, nargs="+", default=[2, 4])
-    parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--common-steps", type=int, default=300, help="synchronous steps before the workers part")
     parser.add_argument("--inner-steps", type=int, default=50)
-    parser.add_argument("--outer-learning-rate", type=float, default=0.7)
-    parser.add_argument("--outer-momentum", type=float, default=0.9)
+    parser.add_argument("--outer-learning-rate", type=float, default=0.8)
+    parser.add_argument("--outer-momentum", type=float, default=0.3)
     parser.add_argument("--compressions", nargs="+", default=["none", "int8"], choices=["none", "bfloat16", "int8"])
-    parser.add_argument("--rows", type=int, default=16, help="rows of 64 tokens of the whole batch")
+    parser.add_argument("--rows", type=int, default=8, help="rows of 64 tokens of the whole batch")
     parser.add_argument("--learning-rate", type=float, default=3e-3)
     parser.add_argument("--vocab-size", type=int, default=2000)
     arguments = parser.parse_args()
@@ -170,7 +191,7 @@ def main() -> None:
                     outer_learning_rate=arguments.outer_learning_rate,
                     outer_momentum=arguments.outer_momentum,
                 )
-                every_step = arguments.steps * 4.0 * count * 2 * (workers - 1) / workers
+                every_step = (arguments.steps - arguments.common_steps) * 4.0 * count * 2 * (workers - 1) / workers
                 print(
                     f"{workers:7} {compression:>8} {done.loss:8.4f} {done.loss / basis - 1:8.2%} "
                     f"{done.sent_bytes / 1e6:9.2f} {every_step / 1e6:12.1f} 1/{every_step / done.sent_bytes:<7.1f} "

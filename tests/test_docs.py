@@ -29,7 +29,7 @@ SHRUNK_BENCHMARKS = {
     "decode_cpu.py": ["--sources", "4", "--batch-sizes", "2", "--repeats", "1"],
     "input_5m.py": ["--pairs", "20000", "--seconds", "1"],
     "checkpoint.py": ["--megabytes", "1", "--ranks", "1", "2", "--repeats", "1"],
-    "local_sgd.py": ["--steps", "4", "--inner-steps", "2", "--workers", "2", "--compressions", "int8"],
+    "local_sgd.py": ["--steps", "4", "--common-steps", "2", "--inner-steps", "1", "--workers", "2"],
     "scaling.py": ["--steps", "1", "--rounds", "1", "--model-dim", "32", "--num-layers", "1", "--layouts", "data=2"],
     "packing.py": ["--pairs", "20000", "--vocab-size", "300"],
 }
