@@ -53,7 +53,7 @@ def _zero(zero: Zero.Params) -> dict[str, Any]:
 
 
 def _offload(device: str, *, path: str) -> dict[str, Any]:
-    offload: dict[str, Any] = {"device": device, "pin_memory": False}
+    offload: dict[str, Any] = {"device": device, "pin_memory": True}
     if device == "nvme":
         offload["nvme_path"] = path
     return offload

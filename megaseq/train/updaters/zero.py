@@ -89,6 +89,7 @@ class Zero:
         self._task = task
         self._mesh = mesh
         self._stage = parallel.zero.stage
+        self._offloads = parallel.zero.offload_optimizer != "none"
         self._device = next(task.parameters()).device
         parameters = {f"{PREFIX}{name}": parameter for name, parameter in task.named_parameters()}
         described = {id(value): _describe(name, value) for name, value in parameters.items()}
@@ -224,6 +225,9 @@ class Zero:
 
     def _decide(self, *_: Any) -> Any:
         """Decides on the update from the true norm; DeepSpeed is told one that changes nothing."""
+        if self._offloads and self._device.type != "cpu":
+            # Gradients are on their way to the host.
+            torch.accelerator.synchronize(self._device)
         self._add_tied()
         # DeepSpeed has averaged over data-parallel ranks what is to be summed.
         squares = global_norm(list(self._counted_gradients()), reduce=self._sum_over_ranks, device=self._device)
