@@ -73,3 +73,22 @@ def test_a_killed_run_goes_on_with_other_layouts(tmp_path: Path) -> None:
     assert not (found.only[0] or found.only[1] or found.unlike)
     assert all(one.max_absolute < 1e-4 for one in found.tensors)
     assert "written by 1 rank, layout one process" in inspect(moved / "checkpoints" / f"step_{STEPS:08}")
+
+
+@pytest.mark.slow
+def test_no_room_for_a_checkpoint_is_one_line_of_all_ranks(tmp_path: Path) -> None:
+    cache, run_dir, log = (tmp_path / name for name in ("cache", "run", "log"))
+    options = ("train.max_steps=4", "checkpoint.interval_steps=4", "parallel.data=2", "train.log_interval_steps=4")
+    code, text = run_megaseq(train(run_dir, cache=cache, overrides=options), log=log)
+    assert code == 0, text
+    size = max(path.stat().st_size for path in run_dir.rglob("*.safetensors"))
+    more = ("train.max_steps=40", *options[1:], "--allow-changed-params")
+    # A limit on the size of files is the disk's end for whoever writes one.
+    limit = f'ulimit -f {size // 2048}; exec "$0" "$@"'
+    command = ["bash", "-c", limit, sys.executable, "-m", "megaseq", *train(run_dir, cache=cache, overrides=more)]
+    code, text = finish(start(command, log=log, env=environment()), log=log)
+    assert code == 2, text
+    errors = [line for line in text.splitlines() if "must be written whole" in line]
+    assert len(errors) == 1 and "File too large on rank" in errors[0] and "Traceback" not in text, text
+    assert [path.name for path in (run_dir / "checkpoints").glob("*step*")] == ["step_00000004"]
+    assert load_checkpoint(run_dir).step == 4
