@@ -46,7 +46,7 @@ def _rank_main(
 
 
 def run_ranks(
-    function: Callable[..., Any], *, world_size: int, arguments: Sequence[Any] = (), timeout_seconds: float = 120.0
+    function: Callable[..., Any], *, world_size: int, arguments: Sequence[Any] = (), timeout_seconds: float = 400.0
 ) -> list[Any]:
     """Calls `function(rank, *arguments)` on `world_size` gloo ranks; returns what each returned, by rank.
 

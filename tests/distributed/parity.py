@@ -230,7 +230,7 @@ def check_layout(
     world_size: int,
     rtol: float = 1e-5,
     parameter_tolerance: float = 1e-4,
-    timeout_seconds: float = 120.0,
+    timeout_seconds: float = 400.0,
     **options: Any,
 ) -> Trained:
     """Trains on the layout and in one process: losses and gradient norms must agree to `rtol`, relative.
