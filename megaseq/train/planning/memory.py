@@ -100,8 +100,6 @@ class MemoryModel:
             parameters += (share if stage == 3 else count) * computed
             optimizer += (share if stage else count) * (master + state)
             gradients += share * 4 if stage >= 2 else count * (4 if not stage else computed)
-            if stage == 1:
-                gradients += share * 4
         return RankMemory(int(parameters), int(gradients), int(optimizer), 0)
 
     def loss(self, shape: Shape, *, tensor: int) -> tuple[int, int]:
@@ -150,6 +148,10 @@ class MemoryModel:
         extra = self._buckets(sum(own.values()), candidate=candidate) + gathered
         if several or candidate.parallel.zero.stage:
             activations = waiting + links + peak + extra
+            if candidate.parallel.zero.stage == 1:
+                # When activations are gone, gradients become fp32 shares of their own.
+                shares = 4 * state.gradients // (self.numbers.activation * candidate.layout.data)
+                activations = max(activations, shares)
             return dataclasses.replace(state, activations=activations)
         # One micro-batch: gradients come while activations go.
         both = max(peak + waiting + links + extra, state.gradients)
@@ -203,8 +205,11 @@ class MemoryModel:
         """Returns the bytes of flat copies of gradients that are summed over data ranks."""
         if candidate.layout.data * candidate.layout.context == 1 and not candidate.parallel.zero.stage:
             return 0
-        size = self.numbers.activation if candidate.parallel.zero.stage else 4
-        return min(gradient_bytes, candidate.parallel.zero.bucket_elements * size)
+        zero = candidate.parallel.zero
+        if zero.stage:
+            # DeepSpeed's buffers have their full size, however small the model is.
+            return zero.bucket_elements * self.numbers.activation * (2 if zero.overlap else 1)
+        return min(gradient_bytes, zero.bucket_elements * 4)
 
     def _gathered(self, stages: Sequence[Sequence[Unit]], *, candidate: Candidate) -> int:
         """Returns the bytes of whole parameters that stage 3 has at the same time: those in use and the next."""

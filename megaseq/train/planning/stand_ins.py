@@ -48,13 +48,11 @@ def _attend_of(attention: Attention) -> Any:
 
 def _route_of(router: Router) -> Any:
     p = router.params
-    factor = p.capacity_factor
-    choices = (factor or 1.0) if p.method == "expert_choice" else (2 if p.method == "top2" else 1) * min(factor or 1, 1)
 
     def route(x: Tensor, **_: Any) -> Any:
         """Sends all experts equally many tokens."""
         logits = functional.linear(x.float(), router.weight.float())
-        number = min(int(x.shape[0] * x.shape[1] * choices), logits.numel())
+        number = min(int(x.shape[0] * x.shape[1] * router.choices), logits.numel())
         tokens = torch.empty(number, dtype=torch.int64, device=x.device)
         # On the host, where the experts read them.
         counts = torch.full((p.num_experts,), number // p.num_experts, device="cpu")
