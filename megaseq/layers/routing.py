@@ -95,6 +95,14 @@ class Router(Layer):
             "weight", shape=(p.num_experts, p.model_dim), axes=(None, "model"), init=p.init.instantiate()
         )
 
+    @property
+    def choices(self) -> float:
+        """Experts that a token goes through, on average at most."""
+        p = self.params
+        if p.method == "expert_choice":
+            return p.capacity_factor or 1.0
+        return (2 if p.method == "top2" else 1) * min(p.capacity_factor or 1.0, 1.0)
+
     def share_rows(self, ranks: ContextRanks) -> None:
         """Refuses decisions that need all tokens of a row.
 

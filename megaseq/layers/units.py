@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from megaseq.base import NestedMap
+from megaseq.layers.moe import MixtureOfExperts
 from megaseq.layers.sight import Mask, Sight
 from megaseq.layers.tokens import Tokens
 from megaseq.layers.transformer import Stack, TransformerLayer, memory_mask, positions_of
@@ -84,6 +85,13 @@ class _Tensors:
     def __init__(self, model: nn.Module) -> None:
         self._parameters = dict(model.named_parameters())
         self._names = [*self._parameters, *dict(model.named_buffers())]
+        # Of its experts a token goes through a few.
+        self._used = {
+            f"{path}.{name}": module.router.choices / module.params.num_experts
+            for path, module in model.named_modules()
+            if isinstance(module, MixtureOfExperts)
+            for name in ("gate.weight", "up.weight", "down.weight")
+        }
 
     def under(self, *prefixes: str) -> frozenset[str]:
         """Returns the names that are, or lie below, one of the prefixes."""
@@ -91,12 +99,13 @@ class _Tensors:
 
     def flops(self, prefix: str) -> float:
         """Returns the operations a token of the products with the matrices below a prefix."""
-        matrices: Iterable[nn.Parameter] = (
-            self._parameters[name] for name in self.under(prefix) if name in self._parameters
-        )
-        # The shapes of the whole model, whatever shard of it is here.
-        shapes = [getattr(matrix, "spec", matrix).shape for matrix in matrices]
-        return 2.0 * sum(math.prod(shape) for shape in shapes if len(shape) > 1)
+        total = 0.0
+        for name in self.under(prefix) & self._parameters.keys():
+            # The shape in the whole model, whatever shard of it is here.
+            shape: Sequence[int] = getattr(self._parameters[name], "spec", self._parameters[name]).shape
+            if len(shape) > 1:
+                total += 2.0 * math.prod(shape) * self._used.get(name, 1.0)
+        return total
 
     def unit(
         self,
