@@ -18,8 +18,8 @@ fi
 options=(--nproc-per-node "$processes" --max-restarts "${MEGASEQ_RESTARTS:-3}")
 if [ -n "${MEGASEQ_RENDEZVOUS:-}" ]; then
   options+=(--nnodes "${MEGASEQ_NODES:-1}" --rdzv-backend c10d --rdzv-endpoint "$MEGASEQ_RENDEZVOUS" --rdzv-id megaseq)
-  # A machine that says nothing for 15 s is lost; one that comes later is waited for, for 10 s.
-  options+=(--rdzv-conf "last_call_timeout=10,keep_alive_interval=5,keep_alive_max_attempt=3")
+  # A machine that says nothing for 30 s is lost; after the first, further ones are waited for, for 20 s.
+  options+=(--rdzv-conf "last_call_timeout=20,keep_alive_interval=5,keep_alive_max_attempt=6")
 else
   options+=(--standalone)
 fi
