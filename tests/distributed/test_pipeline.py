@@ -126,6 +126,15 @@ CASES = [
         4,
         True,
     ),
+    # Embedding and softmax of one matrix, and a bias of two layers, in one stage.
+    (
+        "used-twice-in-a-stage",
+        2,
+        {"schedule": "zero_bubble_v", "split": (1, 2, 1, 4)},
+        {"encoder.position_bias": BucketedBias.Params(), "decoder.position_bias": BucketedBias.Params()},
+        2,
+        False,
+    ),
     ("cut-after-embedding", 2, {"schedule": "zero_bubble_v", "split": (2, 3, 2, 1)}, {}, 4, False),
 ]
 

@@ -24,6 +24,10 @@ class StageModule(nn.Module):
         self.stage = stage
         self.job: PipelineJob | None = None
         self.micro_batch = 0
+        names = [name for unit in stage.units for name in unit.tensors]
+        # Such a stage does its backward pass at once: what leads from one use of a parameter to the other would be
+        # gone when the gradients of the parameters between them are computed.
+        self.reads_twice = len(set(names)) < len(names)
         # In a list: the model must not become a child, of which other stages of this rank would then be parts.
         self._model = [model]
         # No buffers: a schedule asks for parameters alone.
@@ -69,7 +73,8 @@ class ScheduledStage(PipelineStage):
         """See `PipelineStage`; schedules name all options."""
         job = self.submod.job
         # The other half of a backward pass that comes in two is `backward_weight_one_chunk`.
-        whole = options.get("full_backward", True)
+        whole = options.get("full_backward", True) or self.submod.reads_twice
+        options["full_backward"] = whole
         if job is not None and whole:
             job.before_backward()
         super().backward_one_chunk(bwd_chunk_id, **options)
@@ -78,6 +83,8 @@ class ScheduledStage(PipelineStage):
 
     def backward_weight_one_chunk(self, bwd_chunk_id: int, last_backward: bool = False) -> None:
         """See `PipelineStage`."""
+        if self.submod.reads_twice:
+            return
         super().backward_weight_one_chunk(bwd_chunk_id, last_backward)
         if self.submod.job is not None:
             self.submod.job.after_backward()
