@@ -200,26 +200,34 @@ class Traffic:
 
     NAMES = (
         "all_reduce",
-        "all_gather_into_tensor",
-        "reduce_scatter_tensor",
         "all_to_all_single",
         "broadcast",
         "reduce",
+        "all_gather_into_tensor",
+        "reduce_scatter_tensor",
     )
+    NAMES += ("all_gather_single", "reduce_scatter_single")
 
-    def __init__(self, mesh: Any) -> None:
+    def __init__(self) -> None:
         self.sent: dict[str, float] = defaultdict(float)
         self.waited = 0.0
         self._inside = False
+        self._axes: dict[int, str] = {}
+
+    def begin(self, mesh: Any) -> None:
+        """Forgets what was counted so far, and learns which group is which axis."""
+        self.sent.clear()
+        self.waited = 0.0
         self._axes = {id(mesh.group(axis)): axis for axis in AXES if mesh is not None and mesh.size(axis) > 1}
 
     @contextlib.contextmanager
     def counted(self) -> Iterator[None]:
-        """Counts within the context."""
+        """Counts within the context; entered before the engine is made, as DeepSpeed keeps the functions it finds."""
         import torch.distributed as dist
 
-        plain = {name: getattr(dist, name) for name in (*self.NAMES, "batch_isend_irecv")}
-        for name in self.NAMES:
+        names = [name for name in self.NAMES if hasattr(dist, name)]
+        plain = {name: getattr(dist, name) for name in (*names, "batch_isend_irecv")}
+        for name in names:
             setattr(dist, name, self._wrapped(plain[name]))
         dist.batch_isend_irecv = self._batched(plain["batch_isend_irecv"])
         try:
@@ -232,6 +240,8 @@ class Traffic:
         def call(*positional: Any, **options: Any) -> Any:
             import torch
 
+            if self._inside:
+                return function(*positional, **options)
             tensors = [value for value in (*positional, *options.values()) if isinstance(value, torch.Tensor)]
             size = max((tensor.numel() * tensor.element_size() for tensor in tensors), default=0)
             self.sent[self._axes.get(id(options.get("group")), "data")] += size
@@ -253,7 +263,11 @@ class Traffic:
 
     def _timed(self, function: Callable[..., Any], *positional: Any, **options: Any) -> Any:
         before = time.perf_counter()
-        work = function(*positional, **options)
+        self._inside = True
+        try:
+            work = function(*positional, **options)
+        finally:
+            self._inside = False
         self.waited += time.perf_counter() - before
         return work if work is None else Waited(work, traffic=self)
 
@@ -277,13 +291,14 @@ class Waited:
 
 def measure_layout(arguments: argparse.Namespace) -> dict[str, Any]:
     """Trains on one layout; returns the seconds of a step, what is sent, and which share of the time is waiting."""
-    engine = make_engine(arguments, parallel=LAYOUTS[arguments.child][1])
-    batch = make_batch(engine.mesh)
-    engine.train_step(batch, step=0)
-    start = time.time() - float(os.environ[START])
-    engine.train_step(batch, step=1)
-    traffic = Traffic(engine.mesh)
+    traffic = Traffic()
     with traffic.counted():
+        engine = make_engine(arguments, parallel=LAYOUTS[arguments.child][1])
+        batch = make_batch(engine.mesh)
+        engine.train_step(batch, step=0)
+        start = time.time() - float(os.environ[START])
+        engine.train_step(batch, step=1)
+        traffic.begin(engine.mesh)
         before = time.perf_counter()
         for step in range(arguments.steps):
             engine.train_step(batch, step=2 + step)
