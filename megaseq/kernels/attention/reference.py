@@ -55,7 +55,7 @@ def reference_attention(
         if allowed is None:
             weights = scores.softmax(dim=-1)
         else:
-            # A finite floor instead of minus infinity: a row that sees nothing stays finite, and its weights become zero.
+            # A finite floor, not minus infinity: a row that sees nothing stays finite, and its weights become zero.
             hidden = ~allowed
             weights = scores.masked_fill(hidden, torch.finfo(precise).min).softmax(dim=-1).masked_fill(hidden, 0.0)
         if dropout_mask is not None:
