@@ -122,7 +122,9 @@ class Bench:
         data = parts.train_input(p, vocabulary=self.vocabulary, cache=self.cache, data_rank=index, data_ranks=workers)
         first, sent = 0, 0.0
         if self._common is not None:
-            engine.load_state(self._common.tensors, learner_state=self._common.learner)
+            for piece in engine.pieces():
+                piece.tensor.copy_(self._common.tensors[piece.name])
+            engine.loaded(learner_state=self._common.learner)
             data.load_state_dict(self._common.data)
             first = self.arguments.common_steps
         worker = Worker.of(local, engine=engine, team=Team(Place()))

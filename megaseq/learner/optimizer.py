@@ -88,11 +88,6 @@ class Optimizer(Configurable):
         """Returns the slots as `<slot>.<parameter name>`: the tensors themselves, not copies."""
         return {f"{slot}.{name}": tensor for slot, items in self._slots.items() for name, tensor in items.items()}
 
-    @torch.no_grad()
-    def load_state_tensors(self, tensors: Mapping[str, Tensor]) -> None:
-        """Copies what `state_tensors` returned back into the slots; raises CheckpointError when the names differ."""
-        copy_named(self.state_tensors(), tensors, what=f"{type(self).__name__} state")
-
 
 @torch.no_grad()
 def copy_named(own: Mapping[str, Tensor], given: Mapping[str, Tensor], *, what: str) -> None:

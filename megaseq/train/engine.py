@@ -231,15 +231,6 @@ class Engine:
         self.updater.publish()
         return report
 
-    def load_state(self, tensors: Mapping[str, Tensor], *, learner_state: Mapping[str, Any]) -> None:
-        """Takes back what `state_tensors` and the learner's `state` gave."""
-        with torch.no_grad():
-            for name, tensor in self.state_tensors().items():
-                if tensor is not tensors[name]:
-                    tensor.copy_(tensors[name])
-        self.learner.load(tensors=tensors, state=learner_state)
-        self.updater.publish()
-
 
 def named_state(task: BaseTask) -> dict[str, Tensor]:
     """Returns the parameters and persistent buffers of `task`, detached, under the names that checkpoints give them."""

@@ -44,11 +44,6 @@ class PipelineRunner:
         self._key: object = None
         self._schedule: Any = None
 
-    @property
-    def has_last(self) -> bool:
-        """Whether this rank has the last stage, and with it losses and logits."""
-        return any(module.stage.is_last for module in self.modules)
-
     def step(self, job: PipelineJob) -> None:
         """Runs forward and backward passes of all micro-batches; gradients are added to those of the parameters.
 
