@@ -5,7 +5,8 @@
 Both train the same shape (Marian's: post-norm, 256 wide, 3+3 layers, 4 heads, 1,024 hidden, dropout 0.1, 8,000 joint
 pieces, one shared embedding) with AdamW, label smoothing 0.1 and clipping, on the same token ids, with about the same
 number of target tokens a step. Each runs in child processes in turn (A B A B); the medians are compared. Unless
-`--precision` names one, each side first tries its formats for a short time and keeps the faster. Counted are target
+`--precision` names one, each side first tries the formats that the processor multiplies for a short time and keeps the
+fastest. Counted are target
 tokens that are no padding. Without `--data-dir` the text is generated.
 """
 
@@ -115,10 +116,20 @@ def choose_precision(side: str, *, arguments: argparse.Namespace) -> str:
     """Returns the format that is fastest in a short run, or the one that was asked for."""
     if arguments.precision:
         return str(arguments.precision)
+    import torch
+
+    from megaseq.train.precision import has_native_bf16
+
+    formats = PRECISIONS[side]
+    if not has_native_bf16(torch.device("cpu")):
+        # Emulated products are so slow that not even a short run would end.
+        formats = tuple(name for name in formats if not name.startswith("bf16"))
+    if len(formats) == 1:
+        return formats[0]
     seconds = min(10.0, arguments.seconds)
     speeds = {
         precision: spawn(side, precision=precision, seconds=seconds, arguments=arguments)["tokens_per_second"]
-        for precision in PRECISIONS[side]
+        for precision in formats
     }
     return max(speeds, key=lambda name: speeds[name])
 
