@@ -36,6 +36,8 @@ OPTIONAL_PACKAGES = {"deepspeed", "triton", "apex", "wandb", "transformers", "fa
 # Their arguments have one natural order that every caller knows, or an order that torch gives them.
 POSITIONAL_BY_NATURE = {"must", "sentence", "data_error", "add_slot", "backward_one_chunk"}
 
+FRAMEWORK_DECORATORS = ("triton.jit", "torch.library.custom_op")
+
 MAX_POSITIONAL, MAX_ARGUMENTS = 2, 8
 MAX_FILE_LINES, MAX_KERNEL_FILE_LINES, MAX_FUNCTION_LINES = 600, 800, 100
 
@@ -115,11 +117,14 @@ def long_functions(module: ast.Module) -> list[str]:
 def argument_problems(module: ast.Module) -> list[str]:
     """Public functions with too many positional arguments (a subject and its object are two), or too many in all.
 
-    What a framework calls (private names, `forward` and `backward` with a `ctx`) has the signature of the framework.
+    What a framework calls (private names, `forward` and `backward` with a `ctx`, ops registered with torch) has the
+    signature of the framework, and a kernel takes every pointer, stride and tile size as an argument of its own.
     """
     found: list[str] = []
     for node in ast.walk(module):
         if not isinstance(node, ast.FunctionDef) or node.name.startswith("_") or node.name in POSITIONAL_BY_NATURE:
+            continue
+        if any(ast.unparse(decorator).startswith(FRAMEWORK_DECORATORS) for decorator in node.decorator_list):
             continue
         names = [argument.arg for argument in (*node.args.posonlyargs, *node.args.args)]
         if names[:1] == ["ctx"]:
@@ -254,3 +259,4 @@ def test_too_many_arguments_are_caught() -> None:
     assert argument_problems(ast.parse("def f(a, b): ...\nclass A:\n    def g(self, a, *, b, c): ...")) == []
     assert len(argument_problems(ast.parse("def f(a, b, c): ..."))) == 1
     assert len(argument_problems(ast.parse("def f(*, a, b, c, d, e, f, g, h, i): ..."))) == 1
+    assert argument_problems(ast.parse("@triton.jit\ndef f(a, b, c, d, e, f, g, h, i): ...")) == []

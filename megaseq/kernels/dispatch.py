@@ -12,6 +12,8 @@ import os
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 
+import torch
+
 from megaseq.kernels.checks import KernelError
 
 logger = logging.getLogger(__name__)
@@ -23,6 +25,7 @@ IMPLEMENTATIONS: Mapping[str, tuple[str, ...]] = {
     "cross_entropy": ("reference", "chunked", "triton"),
     "dropout": ("reference", "native", "triton"),
     "grouped_linear": ("reference", "grouped_mm"),
+    "quantize": ("reference", "triton"),
 }
 """All ops and the names of their implementations, also of those that need hardware or packages that may be absent."""
 
@@ -54,9 +57,7 @@ def choose(op: str, *, automatic: str, impossible: Mapping[str, str]) -> str:
     """
     wanted = requested(op)
     if wanted == "auto":
-        if (op, automatic) not in _logged:
-            _logged.add((op, automatic))
-            logger.info("%s: auto runs the %s implementation", op, automatic)
+        _log_once(op, automatic)
         return automatic
     if wanted in impossible:
         others = ", ".join(name for name in IMPLEMENTATIONS[op] if name not in impossible)
@@ -65,6 +66,14 @@ def choose(op: str, *, automatic: str, impossible: Mapping[str, str]) -> str:
             f"{impossible[wanted]}. Use auto, or one of: {others}."
         )
     return wanted
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _log_once(op: str, automatic: str) -> None:
+    """Says what `auto` chose; under torch.compile when the call is traced, as logging itself cannot be."""
+    if (op, automatic) not in _logged:
+        _logged.add((op, automatic))
+        logger.info("%s: auto runs the %s implementation", op, automatic)
 
 
 @lru_cache(maxsize=32)

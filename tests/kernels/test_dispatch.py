@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 
 import pytest
+import torch
 
 from megaseq.kernels import dispatch
 from megaseq.kernels.checks import KernelError
@@ -47,3 +48,14 @@ def test_impossible_request_names_reason_and_remedy(monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv(dispatch.VARIABLE, "triton")
     with pytest.raises(KernelError, match=r"but is triton, and there is no GPU\. Use auto, or one of: reference"):
         dispatch.choose("attention", automatic="sdpa", impossible={"triton": "there is no GPU"})
+
+
+def test_the_choice_can_be_traced(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr(dispatch, "_logged", set())
+
+    def run(x: torch.Tensor) -> torch.Tensor:
+        return x + 1 if dispatch.choose("attention", automatic="sdpa", impossible={}) == "sdpa" else x
+
+    with caplog.at_level(logging.INFO, logger="megaseq"):
+        assert torch.equal(torch.compile(run, fullgraph=True, backend="eager")(torch.zeros(2)), torch.ones(2))
+    assert [record.getMessage() for record in caplog.records] == ["attention: auto runs the sdpa implementation"]
