@@ -86,9 +86,7 @@ def sources(pattern: str) -> list[str]:
 
 setup(
     ext_modules=[
-        Extension(
-            "megaseq._csrc", sources=sources("*.cc"), depends=[*sources("*.h"), "CMakeLists.txt"], optional=True
-        )
+        Extension("megaseq._csrc", sources=sources("*.cc"), depends=[*sources("*.h"), "CMakeLists.txt"], optional=True)
     ],
     cmdclass={"build_ext": CMakeBuild},
 )

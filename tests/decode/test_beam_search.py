@@ -341,9 +341,7 @@ def test_forced_prefix() -> None:
 def test_masks_do_not_renormalise() -> None:
     """Forbidding a token leaves the log-probabilities of the others."""
     table = TableDecoder(lambda source, ids: log(0.0, 0.2, 0.5, 0.3))
-    got = run(
-        table, num_hyps_per_beam=1, target_seq_len=2, processors=(SuppressedTokens.Params(token_ids=(2,)),)
-    )[0]
+    got = run(table, num_hyps_per_beam=1, target_seq_len=2, processors=(SuppressedTokens.Params(token_ids=(2,)),))[0]
     assert [hyp.ids for hyp in got] == [(), (3,)]
     assert got[1].logprob == pytest.approx(math.log(0.3 * 0.2), abs=1e-5)
 

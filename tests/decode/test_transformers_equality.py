@@ -86,9 +86,7 @@ def test_beam(family: str, num_beams: int, early_stopping: bool | str, length_pe
     for seed in (1, 2, 3):
         model, source = MODELS[family](seed), random_sources(seed)
         settings = {"early_stopping": early_stopping, "length_penalty": length_penalty}
-        wanted, scores = generated(
-            model, source, num_beams=num_beams, num_return_sequences=num_beams, **settings
-        )
+        wanted, scores = generated(model, source, num_beams=num_beams, num_return_sequences=num_beams, **settings)
         result = beam_search(HuggingFaceDecoder(model), source=source, params=params(num_beams, **settings))
         got = [hyp for hyps in result for hyp in hyps]
         assert all(len(hyps) == num_beams for hyps in result)

@@ -135,6 +135,4 @@ def test_the_listing_names_every_match(parameters: dict[str, Tensor]) -> None:
         "  weight_decay=0.01 learning_rate_scale=1  -> 2 parameters, 118 elements",
         "  frozen  -> 1 parameters, 6 elements",
         "parameters:",
-    ] + [
-        f"  {name}  {list(parameter.shape)}  {treatment(name, parameter)}" for name, parameter in parameters.items()
-    ]
+    ] + [f"  {name}  {list(parameter.shape)}  {treatment(name, parameter)}" for name, parameter in parameters.items()]
