@@ -2,9 +2,11 @@
 
 #include <algorithm>
 #include <atomic>
+#include <bit>
 #include <cstring>
 #include <limits>
 #include <thread>
+#include <type_traits>
 #include <vector>
 
 #include "vector.h"
@@ -109,12 +111,6 @@ MEGASEQ_INLINE void softmax_row_gradient(const float* probabilities, float* grad
 
 constexpr std::int64_t round_up(std::int64_t length) { return (length + kBlock - 1) / kBlock * kBlock; }
 
-template <typename T>
-auto head_of(const HeadsOf<T>& heads, std::int64_t token, std::int64_t head) {
-  using Result = std::conditional_t<std::is_const_v<T>, ConstMatrix, Matrix>;
-  return Result{heads.data + token * heads.token_stride + head * heads.head_stride, heads.token_stride};
-}
-
 MEGASEQ_CLONES
 void forward_head(ConstMatrix query, ConstMatrix key, ConstMatrix value, Matrix output, float* probabilities,
                   float* scratch, std::int64_t num_queries, std::int64_t num_keys, std::int64_t width, bool causal,
@@ -178,45 +174,142 @@ std::int64_t longest(const AttentionCall& call) {
   return round_up(length);
 }
 
-}  // namespace
-
-void attention_forward(const AttentionCall& call, ConstHeads query, ConstHeads key, ConstHeads value, Heads output,
-                       float* probabilities) {
-  const auto width = static_cast<std::int64_t>(call.width);
-  const auto num_heads = static_cast<std::int64_t>(query.num_heads);
-  const auto group = num_heads / static_cast<std::int64_t>(key.num_heads);
-  const auto scratch_size = static_cast<std::size_t>(width * longest(call));
-  for_segments(call, scratch_size, [&](const Segment& segment, float* scratch) {
-    const std::int64_t area = segment.num_queries * round_up(segment.num_keys);
-    for (std::int64_t head = 0; head < num_heads; ++head) {
-      forward_head(head_of(query, segment.query_start, head), head_of(key, segment.key_start, head / group),
-                   head_of(value, segment.key_start, head / group), head_of(output, segment.query_start, head),
-                   probabilities + segment.probabilities * num_heads + head * area, scratch, segment.num_queries,
-                   segment.num_keys, width, call.causal, call.scale);
+// Rows of bfloat16 bits as floats, `width` each.
+MEGASEQ_CLONES
+void widen(const std::uint16_t* source, std::int64_t stride, std::int64_t rows, std::int64_t width, float* target) {
+  for (std::int64_t i = 0; i < rows; ++i) {
+    for (std::int64_t j = 0; j < width; ++j) {
+      target[i * width + j] = std::bit_cast<float>(static_cast<std::uint32_t>(source[i * stride + j]) << 16);
     }
-  });
+  }
 }
 
-void attention_backward(const AttentionCall& call, ConstHeads gradient, ConstHeads query, ConstHeads key,
-                        ConstHeads value, const float* probabilities, Heads query_gradient, Heads key_gradient,
-                        Heads value_gradient) {
+// The reverse, rounded to nearest, ties to even. NaN becomes one NaN: rounding would carry its bits into infinity.
+MEGASEQ_CLONES
+void narrow(const float* source, std::int64_t rows, std::int64_t width, std::uint16_t* target, std::int64_t stride) {
+  for (std::int64_t i = 0; i < rows; ++i) {
+    for (std::int64_t j = 0; j < width; ++j) {
+      const auto bits = std::bit_cast<std::uint32_t>(source[i * width + j]);
+      const std::uint32_t rounded = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
+      const std::uint32_t value = (bits & 0x7FFFFFFFu) > 0x7F800000u ? 0x7FC0u : rounded;
+      target[i * stride + j] = static_cast<std::uint16_t>(value);
+    }
+  }
+}
+
+// Hands out a thread's scratch, piece by piece.
+struct Scratch {
+  float* next;
+  float* take(std::int64_t size) {
+    float* piece = next;
+    next += size;
+    return piece;
+  }
+};
+
+// A head's rows to read: floats where they stand, bfloat16 as a copy.
+ConstMatrix read(const HeadsOf<const float>& heads, std::int64_t token, std::int64_t head, std::int64_t, std::int64_t,
+                 Scratch&) {
+  return {heads.data + token * heads.token_stride + head * heads.head_stride, heads.token_stride};
+}
+ConstMatrix read(const HeadsOf<const std::uint16_t>& heads, std::int64_t token, std::int64_t head, std::int64_t rows,
+                 std::int64_t width, Scratch& scratch) {
+  float* copy = scratch.take(rows * width);
+  widen(heads.data + token * heads.token_stride + head * heads.head_stride, heads.token_stride, rows, width, copy);
+  return {copy, width};
+}
+
+// A head's rows to write: floats where they belong, bfloat16 in scratch until `finish`.
+Matrix place(const HeadsOf<float>& heads, std::int64_t token, std::int64_t head, std::int64_t, std::int64_t, Scratch&) {
+  return {heads.data + token * heads.token_stride + head * heads.head_stride, heads.token_stride};
+}
+Matrix place(const HeadsOf<std::uint16_t>&, std::int64_t, std::int64_t, std::int64_t rows, std::int64_t width,
+             Scratch& scratch) {
+  return {scratch.take(rows * width), width};
+}
+void finish(const HeadsOf<float>&, std::int64_t, std::int64_t, std::int64_t, std::int64_t, Matrix) {}
+void finish(const HeadsOf<std::uint16_t>& heads, std::int64_t token, std::int64_t head, std::int64_t rows,
+            std::int64_t width, Matrix matrix) {
+  narrow(matrix.data, rows, width, heads.data + token * heads.token_stride + head * heads.head_stride,
+         heads.token_stride);
+}
+
+// Floats that a thread wants beside its matrices for the copies of `count` heads' rows.
+template <typename T>
+std::size_t copies(std::int64_t count, std::int64_t length, std::int64_t width) {
+  return std::is_same_v<std::remove_const_t<T>, float> ? 0 : static_cast<std::size_t>(count * length * width);
+}
+
+}  // namespace
+
+template <typename T>
+void attention_forward(const AttentionCall& call, HeadsOf<const T> query, HeadsOf<const T> key, HeadsOf<const T> value,
+                       HeadsOf<T> output, float* probabilities) {
   const auto width = static_cast<std::int64_t>(call.width);
   const auto num_heads = static_cast<std::int64_t>(query.num_heads);
   const auto group = num_heads / static_cast<std::int64_t>(key.num_heads);
   const std::int64_t length = longest(call);
-  const auto scratch_size = static_cast<std::size_t>((std::max(width, length) + length) * length);
-  for_segments(call, scratch_size, [&](const Segment& segment, float* scratch) {
+  const std::size_t scratch_size = static_cast<std::size_t>(width * length) + copies<T>(4, length, width);
+  for_segments(call, scratch_size, [&](const Segment& segment, float* memory) {
     const std::int64_t area = segment.num_queries * round_up(segment.num_keys);
+    const std::int64_t first = segment.query_start, queries = segment.num_queries;
+    const std::int64_t first_key = segment.key_start, keys = segment.num_keys;
     for (std::int64_t head = 0; head < num_heads; ++head) {
-      const HeadGradients out{head_of(query_gradient, segment.query_start, head),
-                              head_of(key_gradient, segment.key_start, head / group),
-                              head_of(value_gradient, segment.key_start, head / group)};
-      backward_head(head_of(gradient, segment.query_start, head), head_of(query, segment.query_start, head),
-                    head_of(key, segment.key_start, head / group), head_of(value, segment.key_start, head / group),
-                    probabilities + segment.probabilities * num_heads + head * area, out, scratch,
-                    segment.num_queries, segment.num_keys, width, call.scale, head % group != 0);
+      Scratch scratch{memory + width * length};
+      const Matrix out = place(output, first, head, queries, width, scratch);
+      forward_head(read(query, first, head, queries, width, scratch),
+                   read(key, first_key, head / group, keys, width, scratch),
+                   read(value, first_key, head / group, keys, width, scratch), out,
+                   probabilities + segment.probabilities * num_heads + head * area, memory, queries, keys, width,
+                   call.causal, call.scale);
+      finish(output, first, head, queries, width, out);
     }
   });
 }
+
+template <typename T>
+void attention_backward(const AttentionCall& call, HeadsOf<const T> gradient, HeadsOf<const T> query,
+                        HeadsOf<const T> key, HeadsOf<const T> value, const float* probabilities,
+                        HeadsOf<T> query_gradient, HeadsOf<T> key_gradient, HeadsOf<T> value_gradient) {
+  const auto width = static_cast<std::int64_t>(call.width);
+  const auto num_heads = static_cast<std::int64_t>(query.num_heads);
+  const auto group = num_heads / static_cast<std::int64_t>(key.num_heads);
+  const std::int64_t length = longest(call);
+  const std::int64_t own = (std::max(width, length) + length) * length;
+  for_segments(call, static_cast<std::size_t>(own) + copies<T>(7, length, width), [&](const Segment& segment,
+                                                                                      float* memory) {
+    const std::int64_t area = segment.num_queries * round_up(segment.num_keys);
+    const std::int64_t first = segment.query_start, queries = segment.num_queries;
+    const std::int64_t first_key = segment.key_start, keys = segment.num_keys;
+    for (std::int64_t shared = 0; shared < num_heads / group; ++shared) {
+      // What the query heads of a group add to is rounded once, at the end.
+      Scratch scratch{memory + own};
+      const ConstMatrix k = read(key, first_key, shared, keys, width, scratch);
+      const ConstMatrix v = read(value, first_key, shared, keys, width, scratch);
+      const Matrix dk = place(key_gradient, first_key, shared, keys, width, scratch);
+      const Matrix dv = place(value_gradient, first_key, shared, keys, width, scratch);
+      for (std::int64_t head = shared * group; head < (shared + 1) * group; ++head) {
+        Scratch of_head = scratch;
+        const Matrix dq = place(query_gradient, first, head, queries, width, of_head);
+        backward_head(read(gradient, first, head, queries, width, of_head),
+                      read(query, first, head, queries, width, of_head), k, v,
+                      probabilities + segment.probabilities * num_heads + head * area, {dq, dk, dv}, memory, queries,
+                      keys, width, call.scale, head % group != 0);
+        finish(query_gradient, first, head, queries, width, dq);
+      }
+      finish(key_gradient, first_key, shared, keys, width, dk);
+      finish(value_gradient, first_key, shared, keys, width, dv);
+    }
+  });
+}
+
+#define MEGASEQ_ATTENTION(T)                                                                                         \
+  template void attention_forward<T>(const AttentionCall&, HeadsOf<const T>, HeadsOf<const T>, HeadsOf<const T>,      \
+                                     HeadsOf<T>, float*);                                                            \
+  template void attention_backward<T>(const AttentionCall&, HeadsOf<const T>, HeadsOf<const T>, HeadsOf<const T>,     \
+                                      HeadsOf<const T>, const float*, HeadsOf<T>, HeadsOf<T>, HeadsOf<T>);
+MEGASEQ_ATTENTION(float)
+MEGASEQ_ATTENTION(std::uint16_t)
+#undef MEGASEQ_ATTENTION
 
 }  // namespace megaseq

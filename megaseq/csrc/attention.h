@@ -42,13 +42,17 @@ struct AttentionCall {
 // Rows of probabilities are padded to a multiple of this, and so must be the width of a head.
 inline constexpr std::size_t kAttentionBlock = 16;
 
-// Writes the outputs of all queries of all segments, and their probabilities, which the backward pass wants.
-void attention_forward(const AttentionCall& call, ConstHeads query, ConstHeads key, ConstHeads value, Heads output,
-                       float* probabilities);
+// Writes the outputs of all queries of all segments, and their probabilities, which the backward pass wants. T is float, or
+// std::uint16_t for the bits of bfloat16: then all arithmetic and the probabilities are floats, and results are rounded to
+// nearest, ties to even.
+template <typename T>
+void attention_forward(const AttentionCall& call, HeadsOf<const T> query, HeadsOf<const T> key, HeadsOf<const T> value,
+                       HeadsOf<T> output, float* probabilities);
 
 // Writes the gradients of all queries, keys and values of all segments.
-void attention_backward(const AttentionCall& call, ConstHeads gradient, ConstHeads query, ConstHeads key,
-                        ConstHeads value, const float* probabilities, Heads query_gradient, Heads key_gradient,
-                        Heads value_gradient);
+template <typename T>
+void attention_backward(const AttentionCall& call, HeadsOf<const T> gradient, HeadsOf<const T> query,
+                        HeadsOf<const T> key, HeadsOf<const T> value, const float* probabilities,
+                        HeadsOf<T> query_gradient, HeadsOf<T> key_gradient, HeadsOf<T> value_gradient);
 
 }  // namespace megaseq

@@ -18,7 +18,7 @@ namespace nb = nanobind;
 namespace {
 
 // Equal to INTERFACE_VERSION in base/native.py.
-constexpr int kInterfaceVersion = 5;
+constexpr int kInterfaceVersion = 6;
 
 // Any shape, elements in order: NumPy arrays and, through DLPack, torch tensors.
 template <typename T>
@@ -115,26 +115,39 @@ megaseq::AttentionCall attention_call(const Array<const std::int64_t>& segments,
           num_threads};
 }
 
-void attention_forward(HeadsArray<const float> query, HeadsArray<const float> key, HeadsArray<const float> value,
-                       HeadsArray<float> output, Array<float> probabilities, Array<const std::int64_t> segments,
+template <typename T>
+void attention_forward(HeadsArray<const T> query, HeadsArray<const T> key, HeadsArray<const T> value,
+                       HeadsArray<T> output, Array<float> probabilities, Array<const std::int64_t> segments,
                        bool causal, float scale, std::size_t num_threads) {
   const auto call = attention_call(segments, query.shape(2), causal, scale, num_threads);
   const auto q = heads(query), k = heads(key), v = heads(value);
   const auto out = heads(output);
   nb::gil_scoped_release release;
-  megaseq::attention_forward(call, q, k, v, out, probabilities.data());
+  megaseq::attention_forward<T>(call, q, k, v, out, probabilities.data());
 }
 
-void attention_backward(HeadsArray<const float> gradient, HeadsArray<const float> query, HeadsArray<const float> key,
-                        HeadsArray<const float> value, Array<const float> probabilities,
-                        HeadsArray<float> query_gradient, HeadsArray<float> key_gradient,
-                        HeadsArray<float> value_gradient, Array<const std::int64_t> segments, float scale,
-                        std::size_t num_threads) {
+template <typename T>
+void attention_backward(HeadsArray<const T> gradient, HeadsArray<const T> query, HeadsArray<const T> key,
+                        HeadsArray<const T> value, Array<const float> probabilities, HeadsArray<T> query_gradient,
+                        HeadsArray<T> key_gradient, HeadsArray<T> value_gradient,
+                        Array<const std::int64_t> segments, float scale, std::size_t num_threads) {
   const auto call = attention_call(segments, query.shape(2), false, scale, num_threads);
   const auto g = heads(gradient), q = heads(query), k = heads(key), v = heads(value);
   const auto dq = heads(query_gradient), dk = heads(key_gradient), dv = heads(value_gradient);
   nb::gil_scoped_release release;
-  megaseq::attention_backward(call, g, q, k, v, probabilities.data(), dq, dk, dv);
+  megaseq::attention_backward<T>(call, g, q, k, v, probabilities.data(), dq, dk, dv);
+}
+
+template <typename T>
+void define_attention(nb::module_& module, const char* forward, const char* backward) {
+  using namespace nb::literals;
+  module.def(forward, &attention_forward<T>, "query"_a.noconvert(), "key"_a.noconvert(),
+             "value"_a.noconvert(), "output"_a.noconvert(), "probabilities"_a.noconvert(), "segments"_a.noconvert(),
+             "causal"_a, "scale"_a, "num_threads"_a);
+  module.def(backward, &attention_backward<T>, "gradient"_a.noconvert(), "query"_a.noconvert(),
+             "key"_a.noconvert(), "value"_a.noconvert(), "probabilities"_a.noconvert(),
+             "query_gradient"_a.noconvert(), "key_gradient"_a.noconvert(), "value_gradient"_a.noconvert(),
+             "segments"_a.noconvert(), "scale"_a, "num_threads"_a);
 }
 
 // `places` [queries, any] says which tokens each query sees; empty, query i sees the i / group-th `length` of them.
@@ -190,13 +203,8 @@ NB_MODULE(_csrc, module) {
              "offsets"_a.noconvert(), "threshold"_a, "scale"_a);
   module.def("dropout_apply_runs_bfloat16", &dropout_apply_runs_bfloat16, "input"_a.noconvert(),
              "output"_a.noconvert(), "key"_a, "offsets"_a.noconvert(), "threshold"_a, "scale"_a);
-  module.def("attention_forward", &attention_forward, "query"_a.noconvert(), "key"_a.noconvert(),
-             "value"_a.noconvert(), "output"_a.noconvert(), "probabilities"_a.noconvert(), "segments"_a.noconvert(),
-             "causal"_a, "scale"_a, "num_threads"_a);
-  module.def("attention_backward", &attention_backward, "gradient"_a.noconvert(), "query"_a.noconvert(),
-             "key"_a.noconvert(), "value"_a.noconvert(), "probabilities"_a.noconvert(),
-             "query_gradient"_a.noconvert(), "key_gradient"_a.noconvert(), "value_gradient"_a.noconvert(),
-             "segments"_a.noconvert(), "scale"_a, "num_threads"_a);
+  define_attention<float>(module, "attention_forward", "attention_backward");
+  define_attention<std::uint16_t>(module, "attention_forward_bfloat16", "attention_backward_bfloat16");
   module.def("attend_places", &attend_places, "query"_a.noconvert(), "key"_a.noconvert(), "value"_a.noconvert(),
              "output"_a.noconvert(), "places"_a.noconvert(), "counts"_a.noconvert(), "bias"_a.noconvert(), "length"_a,
              "group"_a, "scale"_a, "num_threads"_a);

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from megaseq.base import native
-from megaseq.kernels.attention.host import HEAD_BLOCK, native_attention
+from megaseq.kernels.attention.host import DTYPES, HEAD_BLOCK, native_attention
 from megaseq.kernels.attention.mask import AttentionMask
 from megaseq.kernels.attention.reference import reference_attention
 from megaseq.kernels.attention.sdpa import sdpa_attention
@@ -108,8 +108,8 @@ def _impossible(query: Tensor, *, plain: bool, plan: SegmentPlan | None) -> dict
     if plan is None:
         unfit = "it wants padded or packed rows in host memory, without bias, window, soft cap and dropout"
         reasons["segments"] = reasons["native"] = unfit
-    elif query.dtype is not torch.float32 or query.shape[3] % HEAD_BLOCK:
-        reasons["native"] = f"it takes float32 and heads of a width that {HEAD_BLOCK} divides"
+    elif query.dtype not in DTYPES or query.shape[3] % HEAD_BLOCK:
+        reasons["native"] = f"it takes float32 or bfloat16 and heads of a width that {HEAD_BLOCK} divides"
     elif native.extension() is None:
         reasons["native"] = "the compiled extension is not there"
     return reasons

@@ -14,15 +14,18 @@ from megaseq.kernels.functions import apply_one
 
 HEAD_BLOCK = PROBABILITY_BLOCK
 """Divides the width of a head."""
+DTYPES = (torch.float32, torch.bfloat16)
+"""What the extension takes."""
 MACS_PER_THREAD = 1 << 20
 """Multiply-adds that are worth a further thread; starting one takes about as long as half of these."""
+_SUFFIX = {torch.float32: "", torch.bfloat16: "_bfloat16"}
 
 
 def native_attention(query: Tensor, *, key: Tensor, value: Tensor, plan: SegmentPlan, scale: float) -> Tensor:
     """Attends within each segment of packed rows.
 
     Args:
-        query: float32 [B, T, N, H] in host memory, H a multiple of `HEAD_BLOCK`.
+        query: float32 or bfloat16 [B, T, N, H] in host memory, H a multiple of `HEAD_BLOCK`; arithmetic is fp32.
         key: [B, S, M, H], N a multiple of M.
         value: [B, S, M, H].
         plan: where the segments stand.
@@ -41,10 +44,11 @@ class _SegmentAttention(torch.autograd.Function):
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, plan: SegmentPlan, scale: float) -> Tensor:
         output = torch.zeros(query.shape, dtype=query.dtype)
         table, area = plan.table
-        probabilities = torch.empty(area * query.shape[2], dtype=query.dtype)
+        probabilities = torch.empty(area * query.shape[2])
         threads = _num_threads(area * query.shape[2] * query.shape[3])
         tensors = [_heads(tensor) for tensor in (query, key, value, output)]
-        _extension().attention_forward(*tensors, probabilities.numpy(), table, plan.causal, scale, threads)
+        run = getattr(_extension(), f"attention_forward{_SUFFIX[query.dtype]}")
+        run(*tensors, probabilities.numpy(), table, plan.causal, scale, threads)
         ctx.save_for_backward(query, key, value, probabilities)
         ctx.plan, ctx.scale = plan, scale
         return output
@@ -58,7 +62,8 @@ class _SegmentAttention(torch.autograd.Function):
         threads = _num_threads(3 * area * query.shape[2] * query.shape[3])
         inputs = [_heads(tensor) for tensor in (gradients[0], query, key, value)]
         outputs = [_heads(tensor) for tensor in results]
-        _extension().attention_backward(*inputs, probabilities.numpy(), *outputs, table, ctx.scale, threads)
+        run = getattr(_extension(), f"attention_backward{_SUFFIX[query.dtype]}")
+        run(*inputs, probabilities.numpy(), *outputs, table, ctx.scale, threads)
         return (*results, None, None)
 
 
@@ -67,6 +72,8 @@ def _heads(tensor: Tensor) -> NDArray[Any]:
     flat = tensor.detach().flatten(0, 1)
     if flat.shape[2] > 1 and flat.stride(2) != 1:
         flat = flat.contiguous()
+    if flat.dtype is torch.bfloat16:
+        flat = flat.view(torch.uint16)
     array: NDArray[Any] = flat.numpy()
     return array
 

@@ -43,6 +43,22 @@ def test_equals_reference(case: AttentionCase, implementation: str, monkeypatch:
         torch.testing.assert_close(have.double(), want, rtol=0, atol=TOLERANCE[torch.float32])
 
 
+@pytest.mark.skipif(not native.available(), reason="there is no compiled extension")
+@pytest.mark.parametrize("case", [case for case in CASES if case.packed and not case.biased and case.window is None])
+def test_native_bfloat16_is_float32_rounded_once(case: AttentionCase, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also the gradients of keys that several query heads share are summed in float32."""
+    monkeypatch.setenv("MEGASEQ_KERNELS", "attention=native")
+    results = []
+    weight = torch.linspace(-1, 1, case.batch * case.query_length * case.num_heads * case.head_dim).bfloat16()
+    for dtype in (torch.bfloat16, torch.float32):
+        inputs = [t.detach().bfloat16().to(dtype).requires_grad_() for t in case.tensors()]
+        output = attention(inputs[0], key=inputs[1], value=inputs[2], mask=case.mask())
+        gradients = torch.autograd.grad(output, inputs, weight.to(dtype).view(output.shape))
+        results.append([output, *gradients])
+    for found, exact in zip(*results, strict=True):
+        assert found.dtype is torch.bfloat16 and torch.equal(found, exact.bfloat16())
+
+
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_reference_equals_plain_loops(case: AttentionCase, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MEGASEQ_KERNELS", "reference")
