@@ -1,0 +1,27 @@
+"""What tests of kernels share: the device, and an interpreter whose arithmetic and memory are watched."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from megaseq.kernels import triton_runtime
+from tests.kernels.interpreter.poison import poisoned_memory
+
+
+@pytest.fixture
+def device() -> Iterator[torch.device]:
+    """Where Triton's kernels run: on the GPU, or else on the host under the watched interpreter.
+
+    New memory is poisoned while the test runs.
+    """
+    if not triton_runtime.installed():
+        pytest.skip("Triton is not installed")
+    if triton_runtime.interpreted():
+        from tests.kernels.interpreter.install import install
+
+        install()
+    with poisoned_memory():
+        yield torch.device("cuda" if torch.cuda.is_available() and not triton_runtime.interpreted() else "cpu")
