@@ -101,6 +101,21 @@ def override(**configs: Config) -> Iterator[None]:
         _overrides.update(before)
 
 
+_observers: list[set[tuple[str, str]]] = []
+
+
+@contextlib.contextmanager
+def observed() -> Iterator[set[tuple[str, str]]]:
+    """While it is open, the set that it gives collects (kernel, key) of every `config` that is asked for."""
+    found: set[tuple[str, str]] = set()
+    _observers.append(found)
+    try:
+        yield found
+    finally:
+        # By identity: two sets may be equal.
+        _observers[:] = [observer for observer in _observers if observer is not found]
+
+
 def config(kernel: str, *, key: str, default: Config) -> Config:
     """The tile sizes that a kernel runs with.
 
@@ -109,6 +124,8 @@ def config(kernel: str, *, key: str, default: Config) -> Config:
         key: what the best sizes depend on, such as "bfloat16,head=64,bias"; keys of the tables.
         default: for what no table knows.
     """
+    for observer in _observers:
+        observer.add((kernel, key))
     if kernel in _overrides:
         return _overrides[kernel]
     return _table(architecture()).get(kernel, {}).get(key, default)

@@ -35,6 +35,17 @@ def test_a_table_is_asked_by_kernel_and_key(tables: Path, monkeypatch: pytest.Mo
     assert triton_runtime.config("norm", key="float32", default=default).blocks == {"BLOCK_M": 128}
 
 
+def test_what_is_asked_for_can_be_observed(tables: Path) -> None:
+    default = Config({"BLOCK_M": 16})
+    with triton_runtime.observed() as outer:
+        triton_runtime.config("norm", key="float32", default=default)
+        with triton_runtime.observed() as inner, triton_runtime.override(norm=default):
+            triton_runtime.config("norm", key="bfloat16", default=default)
+    triton_runtime.config("other", key="float32", default=default)
+    assert inner == {("norm", "bfloat16")}
+    assert outer == {("norm", "float32"), ("norm", "bfloat16")}
+
+
 def test_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
     host = torch.zeros(1)
     monkeypatch.setattr(triton_runtime, "installed", lambda: True)

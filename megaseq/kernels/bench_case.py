@@ -1,0 +1,57 @@
+"""What `megaseq bench kernels` proves and times: an op lists it in its `bench.py`, as `bench_cases()`.
+
+The list costs nothing to make: memory is taken, and the op is called, only by `check` and `prepare`, on their device.
+A wrong result is never timed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from megaseq.kernels.triton_runtime import Config
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """A result of the op beside that of its reference."""
+
+    found: Tensor
+    """What the op gave, of any shape."""
+    expected: Tensor
+    """What the reference gave, of the same shape; float64 where that is the better judge."""
+    tolerance: float
+    """Largest allowed difference, in units of the largest magnitude of `expected`, or 1 if that is smaller."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Timed:
+    """The calls to be timed, with tensors of full size in the device's memory."""
+
+    run: Callable[[], object]
+    """The op. Called many times; must not wait for the device."""
+    peers: Mapping[str, Callable[[], object]] = dataclasses.field(default_factory=dict)
+    """What else computes the same: by name, such as "flex_attention". One that cannot run is reported, not fatal."""
+    flops: float = 0.0
+    """Floating-point operations of one run that nobody can avoid, 0 where memory is what counts."""
+    bytes: float = 0.0
+    """Bytes that one run must read and write at least."""
+
+
+@dataclasses.dataclass(frozen=True)
+class BenchCase:
+    """One shape of one op."""
+
+    op: str
+    """Name of the op: that of its folder."""
+    name: str
+    """Name of the shape, such as "t5_large_512_128_packed"; unique among the cases of the op."""
+    check: Callable[[torch.device], Mapping[str, Comparison]]
+    """Runs the op and its reference on small tensors of the same kind: each output and gradient by name."""
+    prepare: Callable[[torch.device], Timed]
+    """Makes the tensors of full size."""
+    candidates: Mapping[str, Sequence[Config]] = dataclasses.field(default_factory=dict)
+    """By kernel: the tile sizes that the tuner tries for this shape."""
