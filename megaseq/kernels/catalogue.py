@@ -1,0 +1,53 @@
+"""All ops with kernels of their own: their cases, and a hash that tells whether a result is that of the present source."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import importlib.util
+import pkgutil
+from pathlib import Path
+
+from megaseq.kernels.bench_case import BenchCase
+from megaseq.kernels.compile_case import CompileCase
+
+FOLDER = Path(__file__).parent
+
+
+def ops() -> tuple[str, ...]:
+    """Names of all ops, those without kernels too."""
+    return tuple(sorted(module.name for module in pkgutil.iter_modules([str(FOLDER)]) if module.ispkg))
+
+
+def kernel_files(op: str) -> tuple[Path, ...]:
+    """The files of an op that define Triton kernels."""
+    return tuple(path for path in sorted((FOLDER / op).rglob("*.py")) if "@triton.jit" in path.read_text("utf-8"))
+
+
+def ops_with_kernels() -> tuple[str, ...]:
+    """Names of the ops that have Triton kernels."""
+    return tuple(op for op in ops() if kernel_files(op))
+
+
+def source_hash(op: str) -> str:
+    """12 hexadecimal digits that change with any Python file of the op's folder."""
+    digest = hashlib.sha256()
+    for path in sorted((FOLDER / op).rglob("*.py")):
+        digest.update(f"{path.relative_to(FOLDER).as_posix()}\n".encode() + path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def compile_cases() -> dict[str, list[CompileCase]]:
+    """By op: what is compiled ahead of time."""
+    return {op: module.compile_cases() for op, module in _modules("cases") if hasattr(module, "compile_cases")}
+
+
+def bench_cases() -> dict[str, list[BenchCase]]:
+    """By op: what is proven and timed on a GPU."""
+    return {op: module.bench_cases() for op, module in _modules("bench") if hasattr(module, "bench_cases")}
+
+
+def _modules(name: str) -> list[tuple[str, object]]:
+    """(op, module) of each op that has a module of this name."""
+    paths = {op: f"megaseq.kernels.{op}.{name}" for op in ops()}
+    return [(op, importlib.import_module(path)) for op, path in paths.items() if importlib.util.find_spec(path)]

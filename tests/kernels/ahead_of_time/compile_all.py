@@ -1,0 +1,73 @@
+"""Compiles all cases for one architecture, in a process of its own.
+
+Prints a table of what was compiled to stdout; to stderr what is wrong, a line each, and exits with 1 then.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib
+import io
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from megaseq.kernels.catalogue import compile_cases
+from megaseq.kernels.compile_case import CompileCase
+from tests.kernels.ahead_of_time.driver import compiling
+from tests.kernels.ahead_of_time.figures import Row, figures, problems, to_table
+
+
+def compile_all(
+    cases: Mapping[str, Sequence[CompileCase]], *, architecture: int, remembered: Path
+) -> tuple[list[Row], list[str]]:
+    """Compiles the cases of each op; returns (rows of the table, what is wrong)."""
+    rows: list[Row] = []
+    wrong: list[str] = []
+    seen: set[tuple[str, str, str]] = set()
+    for op, case in ((op, case) for op, cases_of_op in cases.items() for case in cases_of_op):
+        if architecture < case.minimum_architecture:
+            continue
+        # Triton prints what the assembler refuses.
+        with compiling(architecture) as launches, contextlib.redirect_stdout(io.StringIO()):
+            case.run()
+        if not launches:
+            wrong.append(f"{op}: case {case.name} launches no kernel")
+        for launch in launches:
+            where = f"{op}: {launch.kernel} of {case.name} ({launch.types} {launch.constants}) on sm_{architecture}"
+            if launch.compiled is None:
+                wrong.append(f"{where} does not compile: {' '.join(launch.error.split())[:400]}")
+                continue
+            # Cases may overlap; Triton gives the same kernel again.
+            key = (op, launch.kernel, launch.compiled.hash)
+            if key in seen:
+                continue
+            seen.add(key)
+            found = figures(launch.compiled, architecture=architecture, remembered=remembered)
+            row = Row(op, case.name, launch.kernel, launch.types, launch.constants, architecture, **found)
+            rows.append(row)
+            meant = launch.kernel in case.tensor_cores
+            wrong += problems(row, spill_budget=case.spill_bytes, wants_tensor_cores=meant)
+    return rows, wrong
+
+
+def main() -> int:
+    """Runs the command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("architecture", type=int, help="compute capability without the point, as in sm_90")
+    parser.add_argument("--cases", help="module whose compile_cases() are taken instead of those of all ops")
+    parser.add_argument("--ops", nargs="+", help="only these")
+    arguments = parser.parse_args()
+    cases = {arguments.cases: importlib.import_module(arguments.cases).compile_cases()} if arguments.cases else None
+    cases = cases or {op: found for op, found in compile_cases().items() if op in (arguments.ops or [op])}
+    remembered = Path(os.environ["TRITON_CACHE_DIR"]) / "figures"
+    rows, wrong = compile_all(cases, architecture=arguments.architecture, remembered=remembered)
+    print(to_table(rows), end="")
+    print("\n".join(wrong), file=sys.stderr)
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

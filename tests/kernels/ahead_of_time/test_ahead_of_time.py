@@ -1,0 +1,91 @@
+"""All kernels compile for all architectures, fit, and take of them what the table says."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import os
+
+import pytest
+
+pytest.importorskip("triton")
+
+from tests.kernels.ahead_of_time import gate
+from tests.kernels.ahead_of_time.figures import SHARED_LIMIT, Row, problems
+
+RIGHT = ["--cases", "tests.kernels.ahead_of_time.right"]
+WRONG = ["--cases", "tests.kernels.ahead_of_time.wrong"]
+ROW = Row("op", "case", "kernel", "f32", "BLOCK=16", 90, registers=32, spill_bytes=8, shared_bytes=1024, tensor_cores=0)
+
+
+def test_a_row_within_its_limits_has_no_problem() -> None:
+    assert problems(ROW, spill_budget=8, wants_tensor_cores=False) == []
+
+
+def test_problems_of_a_row_are_named() -> None:
+    (spills,) = problems(ROW, spill_budget=4, wants_tensor_cores=False)
+    assert spills == "op: kernel of case (f32 BLOCK=16) on sm_90 spills 8 bytes, of 4 that its case allows"
+    (slow,) = problems(ROW, spill_budget=8, wants_tensor_cores=True)
+    assert slow.endswith("has no wgmma.mma_async, though its products are meant for tensor cores")
+    large = dataclasses.replace(ROW, architecture=80, shared_bytes=SHARED_LIMIT[80] + 1, spill_bytes=0)
+    (fits_not,) = problems(large, spill_budget=0, wants_tensor_cores=False)
+    assert fits_not.endswith("takes 166913 bytes of shared memory, of 166912 that exist")
+
+
+def test_the_table_is_sorted_by_number() -> None:
+    lines = [f"a\tb\tc\td\te\t{architecture}\t1\t2\t3\t4" for architecture in (100, 80, 90)]
+    assert [line.split("\t")[5] for line in gate.table(lines).splitlines()] == ["architecture", "80", "90", "100"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_right_kernels_pass_on_every_architecture() -> None:
+    lines, wrong = gate.compile_for(gate.ARCHITECTURES, options=RIGHT)
+    assert wrong == []
+    rows = [dict(zip(gate.COLUMNS, line.split("\t"), strict=True)) for line in lines]
+    cells = {(row["case"], row["architecture"], row["constants"]) for row in rows}
+    doubled = {("elementwise", a, f"BLOCK={b}") for a in ("80", "90", "100") for b in (128, 256)}
+    assert doubled <= cells and len(rows) == 3 + 6 + 4
+    assert {row["architecture"] for row in rows if row["case"] == "fp8"} == {"90", "100"}
+    products = [row for row in rows if row["kernel"] == "multiply"]
+    assert len(products) == 3
+    assert all(int(row["tensor_cores"]) and int(row["registers"]) and int(row["shared_bytes"]) for row in products)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_each_fault_is_named() -> None:
+    lines, wrong = gate.compile_for((90,), options=WRONG)
+    expected = (
+        "case nothing launches no kernel",
+        "changes_its_type of mistyped",
+        "multiply of large",
+        "holds_too_much of spills",
+        "multiply of no_tensor_cores",
+    )
+    assert len(wrong) == len(expected), wrong
+    for text in expected:
+        assert any(text in line for line in wrong), (text, wrong)
+    assert "does not compile" in wrong[1] and "shared memory" in wrong[2]
+    assert "spills" in wrong[3] and "wgmma" in wrong[4]
+    assert any("twice" in line for line in lines)
+
+
+@pytest.mark.slow
+def test_a_process_that_dies_is_a_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    killed = {**gate.environment(), "PYTHONSTARTUP": "", "PYTHONHOME": os.devnull}
+    monkeypatch.setattr(gate, "environment", lambda: killed)
+    _, wrong = gate.compile_for((90,), options=RIGHT)
+    assert len(wrong) == 1 and "the process for sm_90 died" in wrong[0]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_all_kernels_compile_to_what_the_table_says() -> None:
+    lines, wrong = gate.compile_for(gate.ARCHITECTURES)
+    assert wrong == []
+    if not gate.GOLDEN.is_file():
+        pytest.skip(f"there is no table for this version of Triton: {gate.COMMAND} writes one")
+    kept, now = gate.GOLDEN.read_text().splitlines(), gate.table(lines).splitlines()
+    changes = "\n".join(difflib.unified_diff(kept, now, "kept", "now", lineterm="", n=0))
+    assert not changes, f"the kernels changed; write the table anew with\n  {gate.COMMAND}\nand look at it:\n{changes}"
