@@ -30,6 +30,24 @@ struct Segment {
   std::int64_t probabilities;
 };
 
+// Which attention weights become zero, as dropout.h defines it: the weight of query t, key s and head n of row b is element
+// starts[b] + (n * query_length + t) * key_length + s of the stream.
+struct WeightDropout {
+  std::uint64_t key;
+  std::uint32_t threshold;
+  float scale;  // Of those that stay.
+  const std::int64_t* starts;
+  std::int64_t query_length;
+  std::int64_t key_length;
+};
+
+// Added to the scaled score of query t and key s of head n: table[n * (2 * reach + 1) + reach + d], where d is s - t, at most
+// `reach` in either direction. Rows of queries and keys are equally long.
+struct DistanceBias {
+  const float* table;
+  std::int64_t reach;
+};
+
 struct AttentionCall {
   const Segment* segments;
   std::size_t num_segments;
@@ -37,22 +55,26 @@ struct AttentionCall {
   bool causal;        // Within a segment, query i sees keys 0 to i.
   float scale;
   std::size_t num_threads;
+  const WeightDropout* dropout;  // Null: none.
+  const DistanceBias* bias;      // Null: none.
 };
 
 // Rows of probabilities are padded to a multiple of this, and so must be the width of a head.
 inline constexpr std::size_t kAttentionBlock = 16;
 
-// Writes the outputs of all queries of all segments, and their probabilities, which the backward pass wants. T is float, or
-// std::uint16_t for the bits of bfloat16: then all arithmetic and the probabilities are floats, and results are rounded to
-// nearest, ties to even.
+// Writes the outputs of all queries of all segments, and their probabilities, which the backward pass wants; those that
+// dropout takes have their sign turned. T is float, or std::uint16_t for the bits of bfloat16: then all arithmetic and the
+// probabilities are floats, and results are rounded to nearest, ties to even.
 template <typename T>
 void attention_forward(const AttentionCall& call, HeadsOf<const T> query, HeadsOf<const T> key, HeadsOf<const T> value,
                        HeadsOf<T> output, float* probabilities);
 
-// Writes the gradients of all queries, keys and values of all segments.
+// Writes the gradients of all queries, keys and values of all segments, and of the bias's table where there is one. Sums are
+// made in the same order on any number of threads.
 template <typename T>
 void attention_backward(const AttentionCall& call, HeadsOf<const T> gradient, HeadsOf<const T> query,
                         HeadsOf<const T> key, HeadsOf<const T> value, const float* probabilities,
-                        HeadsOf<T> query_gradient, HeadsOf<T> key_gradient, HeadsOf<T> value_gradient);
+                        HeadsOf<T> query_gradient, HeadsOf<T> key_gradient, HeadsOf<T> value_gradient,
+                        float* bias_gradient);
 
 }  // namespace megaseq

@@ -2,9 +2,13 @@
 
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/tuple.h>
 
 #include <cstdint>
+#include <optional>
 #include <stdexcept>
+#include <tuple>
 
 #include "attention.h"
 #include "decoding.h"
@@ -18,7 +22,7 @@ namespace nb = nanobind;
 namespace {
 
 // Equal to INTERFACE_VERSION in base/native.py.
-constexpr int kInterfaceVersion = 6;
+constexpr int kInterfaceVersion = 7;
 
 // Any shape, elements in order: NumPy arrays and, through DLPack, torch tensors.
 template <typename T>
@@ -107,35 +111,68 @@ megaseq::HeadsOf<T> heads(const HeadsArray<T>& array) {
   return {array.data(), array.shape(1), array.stride(0), array.stride(1)};
 }
 
-megaseq::AttentionCall attention_call(const Array<const std::int64_t>& segments, std::size_t width, bool causal,
-                                      float scale, std::size_t num_threads) {
-  require(width % megaseq::kAttentionBlock == 0, "_csrc.attention: must have heads of a width that 16 divides.");
-  static_assert(sizeof(megaseq::Segment) == 5 * sizeof(std::int64_t));
-  return {reinterpret_cast<const megaseq::Segment*>(segments.data()), segments.size() / 5, width, causal, scale,
-          num_threads};
-}
+// Key, threshold, scale, first element of each row, and the lengths of the rows of queries and keys.
+using DropoutArguments = std::tuple<std::uint64_t, std::uint32_t, float, Array<const std::int64_t>, std::int64_t, std::int64_t>;
+using Table = nb::ndarray<const float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+
+// An AttentionCall with all that it points to.
+struct CallOwner {
+  megaseq::AttentionCall call;
+  megaseq::WeightDropout dropout;
+  megaseq::DistanceBias bias;
+  CallOwner(const CallOwner&) = delete;
+
+  CallOwner(const Array<const std::int64_t>& segments, std::size_t width, bool causal, float scale,
+            std::size_t num_threads, const std::optional<DropoutArguments>& dropped, const std::optional<Table>& table,
+            std::size_t num_heads) {
+    require(width % megaseq::kAttentionBlock == 0, "_csrc.attention: must have heads of a width that 16 divides.");
+    static_assert(sizeof(megaseq::Segment) == 5 * sizeof(std::int64_t));
+    call = {reinterpret_cast<const megaseq::Segment*>(segments.data()), segments.size() / 5, width, causal, scale,
+            num_threads, nullptr, nullptr};
+    if (dropped) {
+      const auto& [key, threshold, kept_scale, starts, query_length, key_length] = *dropped;
+      for (std::size_t i = 0; i < call.num_segments; ++i) {
+        require(call.segments[i].query_start / query_length < static_cast<std::int64_t>(starts.size()),
+                "_csrc.attention: must have a start of dropout for each row, but has not.");
+      }
+      dropout = {key, threshold, kept_scale, starts.data(), query_length, key_length};
+      call.dropout = &dropout;
+    }
+    if (table) {
+      require(table->shape(0) == num_heads && table->shape(1) % 2 == 1,
+              "_csrc.attention: must have a bias for each head and an odd number of distances, but has not.");
+      bias = {table->data(), static_cast<std::int64_t>(table->shape(1) / 2)};
+      call.bias = &bias;
+    }
+  }
+};
 
 template <typename T>
 void attention_forward(HeadsArray<const T> query, HeadsArray<const T> key, HeadsArray<const T> value,
                        HeadsArray<T> output, Array<float> probabilities, Array<const std::int64_t> segments,
-                       bool causal, float scale, std::size_t num_threads) {
-  const auto call = attention_call(segments, query.shape(2), causal, scale, num_threads);
+                       bool causal, float scale, std::size_t num_threads, std::optional<DropoutArguments> dropped,
+                       std::optional<Table> table) {
+  const CallOwner owner(segments, query.shape(2), causal, scale, num_threads, dropped, table, query.shape(1));
   const auto q = heads(query), k = heads(key), v = heads(value);
   const auto out = heads(output);
   nb::gil_scoped_release release;
-  megaseq::attention_forward<T>(call, q, k, v, out, probabilities.data());
+  megaseq::attention_forward<T>(owner.call, q, k, v, out, probabilities.data());
 }
 
 template <typename T>
 void attention_backward(HeadsArray<const T> gradient, HeadsArray<const T> query, HeadsArray<const T> key,
                         HeadsArray<const T> value, Array<const float> probabilities, HeadsArray<T> query_gradient,
                         HeadsArray<T> key_gradient, HeadsArray<T> value_gradient,
-                        Array<const std::int64_t> segments, float scale, std::size_t num_threads) {
-  const auto call = attention_call(segments, query.shape(2), false, scale, num_threads);
+                        Array<const std::int64_t> segments, float scale, std::size_t num_threads,
+                        std::optional<DropoutArguments> dropped, std::optional<Table> table,
+                        Array<float> table_gradient) {
+  const CallOwner owner(segments, query.shape(2), false, scale, num_threads, dropped, table, query.shape(1));
+  require(!table || table_gradient.size() == table->size(),
+          "_csrc.attention: must have a gradient as large as the bias's table, but has not.");
   const auto g = heads(gradient), q = heads(query), k = heads(key), v = heads(value);
   const auto dq = heads(query_gradient), dk = heads(key_gradient), dv = heads(value_gradient);
   nb::gil_scoped_release release;
-  megaseq::attention_backward<T>(call, g, q, k, v, probabilities.data(), dq, dk, dv);
+  megaseq::attention_backward<T>(owner.call, g, q, k, v, probabilities.data(), dq, dk, dv, table_gradient.data());
 }
 
 template <typename T>
@@ -143,11 +180,12 @@ void define_attention(nb::module_& module, const char* forward, const char* back
   using namespace nb::literals;
   module.def(forward, &attention_forward<T>, "query"_a.noconvert(), "key"_a.noconvert(),
              "value"_a.noconvert(), "output"_a.noconvert(), "probabilities"_a.noconvert(), "segments"_a.noconvert(),
-             "causal"_a, "scale"_a, "num_threads"_a);
+             "causal"_a, "scale"_a, "num_threads"_a, "dropout"_a.none(), "bias"_a.none());
   module.def(backward, &attention_backward<T>, "gradient"_a.noconvert(), "query"_a.noconvert(),
              "key"_a.noconvert(), "value"_a.noconvert(), "probabilities"_a.noconvert(),
              "query_gradient"_a.noconvert(), "key_gradient"_a.noconvert(), "value_gradient"_a.noconvert(),
-             "segments"_a.noconvert(), "scale"_a, "num_threads"_a);
+             "segments"_a.noconvert(), "scale"_a, "num_threads"_a, "dropout"_a.none(), "bias"_a.none(),
+             "bias_gradient"_a.noconvert());
 }
 
 // `places` [queries, any] says which tokens each query sees; empty, query i sees the i / group-th `length` of them.

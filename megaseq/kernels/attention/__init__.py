@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from megaseq.base import native
-from megaseq.kernels.attention.host import DTYPES, HEAD_BLOCK, native_attention
+from megaseq.kernels.attention.host import DTYPES, HEAD_BLOCK, native_attention, starts_fit
 from megaseq.kernels.attention.mask import AttentionMask
 from megaseq.kernels.attention.reference import reference_attention
 from megaseq.kernels.attention.sdpa import sdpa_attention
@@ -19,6 +19,8 @@ __all__ = ["AttentionMask", "attention"]
 
 NATIVE_MAX_LENGTH = 192
 """The longest segment that the compiled extension attends to faster than a fused op with blocked matrix products."""
+NATIVE_MAX_DROPPED_LENGTH = 1024
+"""The same with dropout, which no fused op has: the alternative writes every weight of the full rows to memory."""
 SEGMENTS_FROM_LENGTH = 128
 """Packed rows at least this long are attended to segment by segment: below, cutting costs as much as it saves."""
 SEGMENTS_MAX_SHARE = 0.5
@@ -66,9 +68,9 @@ def attention(
         mask = None
     plain = soft_cap is None and dropout is None
     plan = None
-    if plain and query.device.type == "cpu" and bias is None and mask is not None and shortcut is None:
+    if soft_cap is None and query.device.type == "cpu" and bias is None and mask is not None and shortcut is None:
         plan = mask.plan()
-    impossible = _impossible(query, plain=plain, plan=plan)
+    impossible = _impossible(query, plain=plain, plan=plan, dropout=dropout)
     automatic = "reference"
     if plain:
         automatic = "sdpa"
@@ -76,9 +78,11 @@ def attention(
             automatic = "native"
         elif plan is not None and _worth_cutting(plan, sizes=(batch, query_length, key_length)):
             automatic = "segments"
+    elif plan is not None and "native" not in impossible and plan.longest <= NATIVE_MAX_DROPPED_LENGTH:
+        automatic = "native"
     chosen = choose("attention", automatic=automatic, impossible=impossible)
     if chosen == "native" and plan is not None:
-        return native_attention(query, key=key, value=value, plan=plan, scale=scale)
+        return native_attention(query, key=key, value=value, plan=plan, scale=scale, dropout=dropout)
     if chosen == "segments" and plan is not None:
         return segment_attention(query, key=key, value=value, plan=plan, scale=scale)
     if chosen == "sdpa":
@@ -100,16 +104,19 @@ def attention(
     )
 
 
-def _impossible(query: Tensor, *, plain: bool, plan: SegmentPlan | None) -> dict[str, str]:
+def _impossible(query: Tensor, *, plain: bool, plan: SegmentPlan | None, dropout: DropoutMask | None) -> dict[str, str]:
     """Says which implementations cannot run a call, and why."""
     reasons = {"triton": "its kernels are not part of this version"}
     if not plain:
         reasons["sdpa"] = "it has neither a soft cap nor a reproducible dropout"
+        reasons["segments"] = reasons["sdpa"]
     if plan is None:
-        unfit = "it wants padded or packed rows in host memory, without bias, window, soft cap and dropout"
+        unfit = "it wants padded or packed rows in host memory, without bias, window and soft cap"
         reasons["segments"] = reasons["native"] = unfit
     elif query.dtype not in DTYPES or query.shape[3] % HEAD_BLOCK:
         reasons["native"] = f"it takes float32 or bfloat16 and heads of a width that {HEAD_BLOCK} divides"
+    elif dropout is not None and not starts_fit(dropout, batch=query.shape[0]):
+        reasons["native"] = "its dropout starts once a row"
     elif native.extension() is None:
         reasons["native"] = "the compiled extension is not there"
     return reasons

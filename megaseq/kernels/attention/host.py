@@ -10,6 +10,8 @@ from torch import Tensor
 
 from megaseq.base import native
 from megaseq.kernels.attention.segments import PROBABILITY_BLOCK, SegmentPlan
+from megaseq.kernels.dropout import DropoutMask, mix_key
+from megaseq.kernels.dropout.reference import threshold_of
 from megaseq.kernels.functions import apply_one
 
 HEAD_BLOCK = PROBABILITY_BLOCK
@@ -21,7 +23,16 @@ MACS_PER_THREAD = 1 << 20
 _SUFFIX = {torch.float32: "", torch.bfloat16: "_bfloat16"}
 
 
-def native_attention(query: Tensor, *, key: Tensor, value: Tensor, plan: SegmentPlan, scale: float) -> Tensor:
+def native_attention(
+    query: Tensor,
+    *,
+    key: Tensor,
+    value: Tensor,
+    plan: SegmentPlan,
+    scale: float,
+    dropout: DropoutMask | None = None,
+    table: Tensor | None = None,
+) -> Tensor:
     """Attends within each segment of packed rows.
 
     Args:
@@ -30,41 +41,83 @@ def native_attention(query: Tensor, *, key: Tensor, value: Tensor, plan: Segment
         value: [B, S, M, H].
         plan: where the segments stand.
         scale: factor of the scores.
+        dropout: which weights [B, N, T, S] become zero; its offset is one number, or one for each row.
+        table: [N, 2R + 1], added to the scores by the distance from query to key, -R first; farther ones count as R. Its
+            gradient is summed in fp32, in one order. T and S must be equal then.
 
     Returns:
         [B, T, N, H]; zeros for pads.
     """
-    return apply_one(_SegmentAttention, query, key, value, plan, scale)
+    return apply_one(_SegmentAttention, query, key, value, table, plan, scale, dropout)
 
 
 class _SegmentAttention(torch.autograd.Function):
     """Keeps the probabilities for the backward pass: as short as segments are, they are smaller than the queries."""
 
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, plan: SegmentPlan, scale: float) -> Tensor:
+    def forward(
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        table: Tensor | None,
+        plan: SegmentPlan,
+        scale: float,
+        dropout: DropoutMask | None,
+    ) -> Tensor:
         output = torch.zeros(query.shape, dtype=query.dtype)
-        table, area = plan.table
+        segments, area = plan.table
         probabilities = torch.empty(area * query.shape[2])
         threads = _num_threads(area * query.shape[2] * query.shape[3])
         tensors = [_heads(tensor) for tensor in (query, key, value, output)]
+        ctx.dropped = _dropout_arguments(dropout, query=query, key_length=key.shape[1])
         run = getattr(_extension(), f"attention_forward{_SUFFIX[query.dtype]}")
-        run(*tensors, probabilities.numpy(), table, plan.causal, scale, threads)
-        ctx.save_for_backward(query, key, value, probabilities)
+        run(*tensors, probabilities.numpy(), segments, plan.causal, scale, threads, ctx.dropped, _table(table))
+        ctx.save_for_backward(query, key, value, probabilities, table)
         ctx.plan, ctx.scale = plan, scale
         return output
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, probabilities = ctx.saved_tensors
-        table, area = ctx.plan.table
+        query, key, value, probabilities, table = ctx.saved_tensors
+        segments, area = ctx.plan.table
         results = [torch.zeros(tensor.shape, dtype=tensor.dtype) for tensor in (query, key, value)]
+        of_table = torch.empty(0 if table is None else table.numel())
         threads = _num_threads(3 * area * query.shape[2] * query.shape[3])
         inputs = [_heads(tensor) for tensor in (gradients[0], query, key, value)]
         outputs = [_heads(tensor) for tensor in results]
         run = getattr(_extension(), f"attention_backward{_SUFFIX[query.dtype]}")
-        run(*inputs, probabilities.numpy(), *outputs, table, ctx.scale, threads)
-        return (*results, None, None)
+        run(
+            *inputs, probabilities.numpy(), *outputs, segments, ctx.scale, threads, ctx.dropped, _table(table),
+            of_table.numpy(),
+        )  # fmt: skip
+        return (*results, None if table is None else of_table.view(table.shape).to(table.dtype), None, None, None)
+
+
+def starts_fit(dropout: DropoutMask, *, batch: int) -> bool:
+    """Whether a mask's offset says where each of the B rows starts."""
+    return isinstance(dropout.offset, int) or dropout.offset.numel() == batch
+
+
+def _dropout_arguments(dropout: DropoutMask | None, *, query: Tensor, key_length: int) -> tuple[Any, ...] | None:
+    """What the extension wants to know of a mask."""
+    if dropout is None:
+        return None
+    batch, query_length, num_heads, _ = query.shape
+    area = num_heads * query_length * key_length
+    starts = dropout.offset
+    if isinstance(starts, int):
+        starts = torch.arange(starts, starts + batch * area, max(area, 1))[:batch]
+    key, threshold = mix_key(dropout.key), threshold_of(dropout.rate)
+    return key, threshold, 1.0 / (1.0 - dropout.rate), starts.numpy(), query_length, key_length
+
+
+def _table(table: Tensor | None) -> NDArray[Any] | None:
+    if table is None:
+        return None
+    array: NDArray[Any] = table.detach().float().contiguous().numpy()
+    return array
 
 
 def _heads(tensor: Tensor) -> NDArray[Any]:

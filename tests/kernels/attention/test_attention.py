@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from megaseq.base import native
-from megaseq.kernels.attention import AttentionMask, attention
+from megaseq.kernels.attention import AttentionMask, attention, host
 from megaseq.kernels.attention.cases import CASES, TOLERANCE, AttentionCase
 from megaseq.kernels.checks import KernelError
 from megaseq.kernels.dropout import DropoutMask
@@ -57,6 +57,63 @@ def test_native_bfloat16_is_float32_rounded_once(case: AttentionCase, monkeypatc
         results.append([output, *gradients])
     for found, exact in zip(*results, strict=True):
         assert found.dtype is torch.bfloat16 and torch.equal(found, exact.bfloat16())
+
+
+@pytest.mark.skipif(not native.available(), reason="there is no compiled extension")
+@pytest.mark.parametrize("spread", [False, True], ids=["one_run", "a_run_a_row"])
+@pytest.mark.parametrize("case", [case for case in CASES if case.packed and not case.biased and case.window is None])
+def test_native_drops_what_the_reference_drops(
+    case: AttentionCase, spread: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    offset: int | Tensor = 2**32 - 500  # The low word of some row's numbers wraps.
+    if spread:
+        offset = torch.arange(case.batch).flip(0) * 3 * 2**31 + 2**32 - 7
+    results = []
+    for implementation, dtype in (("reference", torch.float64), ("native", torch.float32)):
+        monkeypatch.setenv("MEGASEQ_KERNELS", f"attention={implementation}")
+        inputs = case.tensors(dtype=dtype)
+        dropout = DropoutMask(0.3, (3, 1, 4), offset)
+        output = attention(inputs[0], key=inputs[1], value=inputs[2], mask=case.mask(), dropout=dropout, scale=0.2)
+        weight = torch.linspace(-1, 1, output.numel(), dtype=dtype).view(output.shape)
+        results.append([output, *torch.autograd.grad(output, inputs, weight)])
+    for want, have in zip(*results, strict=True):
+        torch.testing.assert_close(have.double(), want, rtol=0, atol=TOLERANCE[torch.float32])
+
+
+@pytest.mark.skipif(not native.available(), reason="there is no compiled extension")
+@pytest.mark.parametrize("rate", [0.0, 0.4])
+@pytest.mark.parametrize("reach", [2, 30])
+@pytest.mark.parametrize("causal", [False, True])
+def test_native_adds_a_bias_by_distance(causal: bool, reach: int, rate: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against the reference with the same bias for each pair; also its gradient, also with shared key heads."""
+    case = AttentionCase(
+        "", batch=3, query_length=24, key_length=24, num_heads=4, num_key_heads=2, causal=causal, packed=True
+    )
+    generator = torch.Generator().manual_seed(2)
+    numbers = torch.randn(4, 2 * reach + 1, generator=generator, dtype=torch.float64)
+    distance = (torch.arange(24) - torch.arange(24)[:, None]).clamp(-reach, reach) + reach
+    dropout = DropoutMask(rate, (3, 1, 4)) if rate else None
+    monkeypatch.setenv("MEGASEQ_KERNELS", "reference")
+    inputs, table = case.tensors(dtype=torch.float64), numbers.clone().requires_grad_()
+    output = attention(
+        inputs[0], key=inputs[1], value=inputs[2], mask=case.mask(), bias=table[:, distance][None], dropout=dropout
+    )
+    weight = torch.linspace(-1, 1, output.numel(), dtype=torch.float64).view(output.shape)
+    expected = [output, *torch.autograd.grad(output, (*inputs, table), weight)]
+    plan = case.mask().plan()
+    assert plan is not None
+    by_threads = []
+    for threads in (1, 2):
+        monkeypatch.setattr(torch, "get_num_threads", lambda number=threads: number)
+        monkeypatch.setattr(host, "MACS_PER_THREAD", 1)
+        inputs, table = case.tensors(), numbers.float().requires_grad_()
+        output = host.native_attention(
+            inputs[0], key=inputs[1], value=inputs[2], plan=plan, scale=0.25, dropout=dropout, table=table
+        )
+        by_threads.append([output, *torch.autograd.grad(output, (*inputs, table), weight.float())])
+    for want, have, again in zip(expected, *by_threads, strict=True):
+        assert torch.equal(have, again)
+        torch.testing.assert_close(have.double(), want, rtol=0, atol=TOLERANCE[torch.float32])
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
