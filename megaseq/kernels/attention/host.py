@@ -42,8 +42,8 @@ def native_attention(
         plan: where the segments stand.
         scale: factor of the scores.
         dropout: which weights [B, N, T, S] become zero; its offset is one number, or one for each row.
-        table: [N, 2R + 1], added to the scores by the distance from query to key, -R first; farther ones count as R. Its
-            gradient is summed in fp32, in one order. T and S must be equal then.
+        table: [N, 2R + 1], added to the scores by the distance from query to key, -R first; farther ones count as R.
+            Its gradient is summed in fp32, in one order. T and S must be equal then.
 
     Returns:
         [B, T, N, H]; zeros for pads.
