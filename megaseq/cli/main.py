@@ -17,7 +17,7 @@ import megaseq
 from megaseq.base.errors import MegaseqError
 
 # Module of each command; the module's `register` adds its parser. Order is that of --help.
-_COMMANDS = ("train", "eval", "decode", "params", "plan", "outer", "hosts", "checkpoint", "average")
+_COMMANDS = ("train", "eval", "decode", "params", "plan", "outer", "hosts", "checkpoint", "average", "bench")
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -15,6 +15,11 @@ from torch import Tensor
 from megaseq.kernels.triton_runtime import Config
 
 
+def proof_dtype(dtype: torch.dtype, *, device: torch.device) -> torch.dtype:
+    """The type in which a case is proven: on the host float32, as Triton's interpreter cannot compute with bf16."""
+    return dtype if device.type == "cuda" else torch.float32
+
+
 @dataclasses.dataclass(frozen=True)
 class Comparison:
     """A result of the op beside that of its reference."""
@@ -39,6 +44,8 @@ class Timed:
     """Floating-point operations of one run that nobody can avoid, 0 where memory is what counts."""
     bytes: float = 0.0
     """Bytes that one run must read and write at least."""
+    goals: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    """By peer: how many times as long it should take as the op; under "ceiling": the share of it to reach."""
 
 
 @dataclasses.dataclass(frozen=True)

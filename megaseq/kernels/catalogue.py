@@ -1,4 +1,4 @@
-"""All ops with kernels of their own: their cases, and a hash that tells whether a result is that of the present source."""
+"""All ops with kernels of their own: their cases, and a hash that tells whether a result is that of this source."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ FOLDER = Path(__file__).parent
 
 def ops() -> tuple[str, ...]:
     """Names of all ops, those without kernels too."""
-    return tuple(sorted(module.name for module in pkgutil.iter_modules([str(FOLDER)]) if module.ispkg))
+    folders = {module.name for module in pkgutil.iter_modules([str(FOLDER)]) if module.ispkg}
+    return tuple(sorted(folders - {"bench"}))
 
 
 def kernel_files(op: str) -> tuple[Path, ...]:

@@ -143,6 +143,11 @@ def _table(arch: int) -> Mapping[str, Mapping[str, Config]]:
     }
 
 
+def forget_tables() -> None:
+    """Tables are read anew: after one was written."""
+    _table.cache_clear()
+
+
 def _module(name: str) -> Any:
     optional("triton", needed_for="Triton kernels")
     return importlib.import_module(name)
