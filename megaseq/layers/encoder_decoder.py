@@ -12,12 +12,13 @@ from torch.nn import functional
 from megaseq.base import FROM_PARENT, REQUIRED, NestedMap
 from megaseq.kernels.cross_entropy import VocabularyShare
 from megaseq.layers import decoding
+from megaseq.layers.auxiliary import add_up
 from megaseq.layers.base import Layer, inherit
 from megaseq.layers.embedding import Embedding
 from megaseq.layers.initializers import Constant
 from megaseq.layers.transformer import Decoder, Encoder
 from megaseq.layers.units import UnitRun, encoder_decoder_units, flow_shapes, places_of
-from megaseq.parallel.spec import ParameterSpec, Ranks, Unit
+from megaseq.parallel.spec import Added, ParameterSpec, Ranks, Unit
 
 
 class SoftmaxWeights(NamedTuple):
@@ -167,6 +168,16 @@ class EncoderDecoder(Layer):
         for unit in units:
             left = run.run(left, unit=unit)
         return left
+
+    def begin_losses(self) -> None:
+        """Lets layers note what they add to the loss; see `megaseq.parallel.spec.Pipelined`."""
+        self.context.auxiliary = []
+
+    def take_losses(self) -> Added | None:
+        """Returns what layers have noted, summed; see `megaseq.parallel.spec.Pipelined`."""
+        # Emptied, because a forward pass that is repeated in the backward pass adds nothing.
+        taken, self.context.auxiliary = self.context.auxiliary, None
+        return add_up(taken, loss_sum=taken[0].loss_sum.new_zeros(())) if taken else None
 
     def flow_shapes(self, batch: NestedMap) -> dict[str, tuple[int, int]]:
         """Returns (rows, tokens) of what travels between units; see `megaseq.parallel.spec.Pipelined`."""

@@ -184,6 +184,10 @@ class ContextRanks(Protocol):
         """Returns the sum of the ranks' `x`, without gradient."""
 
 
+Added = tuple[torch.Tensor, Mapping[str, tuple[torch.Tensor, torch.Tensor]]]
+"""What layers add to the loss of a micro-batch: a scalar that is differentiated, and (sum, weight) pairs by name."""
+
+
 @dataclass(frozen=True)
 class Flow:
     """An activation [B, tokens of a side, width] that units of a model hand on to later ones."""
@@ -232,6 +236,15 @@ class Pipelined(Protocol):
 
     def flow_shapes(self, batch: Any) -> Mapping[str, tuple[int, int]]:
         """Returns (rows, tokens) of what this process has of each flow of a micro-batch, by name."""
+
+    def begin_losses(self) -> None:
+        """Lets layers note from now on what they add to the loss; to be called before the units of a stage are run."""
+
+    def take_losses(self) -> Added | None:
+        """Returns what layers have noted since `begin_losses`, and lets them note no more; None where they have none.
+
+        Not to be called before `output_of`, which takes that of the last stage.
+        """
 
     def output_of(self, carry: Mapping[str, torch.Tensor], *, batch: Any) -> Any:
         """Returns the loss output of a micro-batch, of what the last unit left."""

@@ -10,7 +10,6 @@ from torch import Tensor
 from megaseq.base import Configurable, NestedMap
 from megaseq.decode import BeamSearch, Hypothesis, Search
 from megaseq.kernels.cross_entropy import CrossEntropy, linear_cross_entropy
-from megaseq.layers.auxiliary import add_up
 from megaseq.layers.encoder_decoder import EncoderDecoder
 from megaseq.layers.units import OUTPUT
 from megaseq.tasks.base import BaseTask, LossOutput
@@ -52,7 +51,7 @@ class Translation(BaseTask, EncoderDecoder):
         Metrics: `nll`, negative log likelihood without smoothing in nats a token, and `accuracy`, the share of labels
         that have the highest logit.
         """
-        self.context.auxiliary = []
+        self.begin_losses()
         return self._loss_of(self.decode_hidden(batch.target, memory=self.encode(batch.source)), batch=batch)
 
     def output_of(self, carry: Mapping[str, Tensor], *, batch: NestedMap) -> LossOutput:
@@ -74,10 +73,13 @@ class Translation(BaseTask, EncoderDecoder):
         metrics = {"nll": (sums.nll.detach(), total), "accuracy": (sums.correct.detach(), total)}
         if self.params.z_loss:
             metrics["z_loss"] = (sums.z_loss.detach(), total)
-        # Emptied, because a forward pass that is repeated in the backward pass adds nothing.
-        auxiliary, self.context.auxiliary = self.context.auxiliary or [], None
-        loss, of_layers = add_up(auxiliary, loss_sum=sums.loss)
-        return LossOutput(loss_sum=loss, weight=total, metrics=metrics | of_layers)
+        added = self.take_losses()
+        if added is None:
+            return LossOutput(loss_sum=sums.loss, weight=total, metrics=metrics)
+        loss, of_layers = added
+        return LossOutput(
+            loss_sum=sums.loss + loss.to(sums.loss.dtype), weight=total, metrics=metrics | dict(of_layers)
+        )
 
     def decode(
         self, source: NestedMap, *, search: Configurable.Params, keys: Tensor | None = None

@@ -6,9 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from megaseq.base.errors import must
 from megaseq.layers.base import StepContext, bind, initialize
-from megaseq.layers.moe import MixtureOfExperts
 from megaseq.parallel.apply import apply
 from megaseq.parallel.context import install_context
 from megaseq.parallel.expert import install_experts
@@ -87,10 +85,6 @@ def _cut_stages(task: BaseTask, *, mesh: Mesh, parallel: Parallel.Params) -> Sta
     """Leaves of the task what this rank's pipeline stages hold; parameters keep the names of the whole model."""
     if mesh.size("pipe") == 1:
         return None
-    for path, module in task.named_modules():
-        if isinstance(module, MixtureOfExperts):
-            rule = f"be 1 for a mixture of experts (task.{path})"
-            raise must("parallel.pipe", rule, mesh.size("pipe"), "The losses of its routers would be lost: use data")
     units = task.units() if isinstance(task, Pipelined) else ()
     plan = make_plan(units, params=parallel.pipeline, ranks=mesh.size("pipe"))
     keep_tensors(task, names=plan.tensors_of(mesh.index("pipe")))

@@ -7,16 +7,18 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from megaseq.base import NestedMap
 from megaseq.layers.decoding_part import DecodingPart
 from megaseq.layers.encoder_decoder import EncoderDecoder
+from megaseq.parallel.gradients import all_reduce_sum
 from megaseq.parallel.layout import Parallel
 from megaseq.parallel.mesh import Mesh
 from megaseq.parallel.pipeline import PipelinedDecoder, PipelineJob, StagePlan
 from megaseq.parallel.pipeline_params import micro_batches_of
-from megaseq.parallel.spec import Pipelined
+from megaseq.parallel.spec import Added, Pipelined
 from megaseq.tasks.base import BaseTask, LossOutput
 from megaseq.train.precision import Precision, autocast
 from megaseq.train.rows import MicroBatch, micro_batches, padded
@@ -62,6 +64,7 @@ class PipelinedTask:
 
         self._runner = PipelineRunner(task, plan=plan, mesh=mesh, device=device)
         self._names: dict[bool, list[str]] = {}
+        self._added_names: dict[bool, list[str]] = {}
         self._install()
 
     def _install(self) -> None:
@@ -119,7 +122,7 @@ class PipelinedTask:
             after_backward=updater.after_stage_backward,
         )
         self._runner.step(job)
-        return self._shared([job.outputs[index] for index in sorted(job.outputs)], training=True)
+        return self._shared([job.outputs[index] for index in sorted(job.outputs)], added=job.added, training=True)
 
     # ---- evaluation ----------------------------------------------------------------------------------------------
 
@@ -129,12 +132,13 @@ class PipelinedTask:
         # Smaller ones let the ranks work at the same time.
         parts = [part.batch for part in micro_batches(batch, parts=min(rows, self._mesh.size("pipe")))]
         shapes = [self._model.flow_shapes(part) for part in parts]
-        return self._shared(self._runner.forward(parts, shapes=shapes, dtype=self._dtype), training=False)
+        outputs, added = self._runner.forward(parts, shapes=shapes, dtype=self._dtype)
+        return self._shared(outputs, added=added, training=False)
 
-    # ---- what the last stage knows -------------------------------------------------------------------------------
+    # ---- what stages know ----------------------------------------------------------------------------------------
 
-    def _shared(self, outputs: Sequence[LossOutput], *, training: bool) -> LossOutput:
-        """Returns on all ranks the sums of what the rank of the last stage has."""
+    def _shared(self, outputs: Sequence[LossOutput], *, added: Sequence[Added], training: bool) -> LossOutput:
+        """Returns on all ranks the sums of what the rank of the last stage has, and of what other stages add to it."""
         links, last = self._runner.links, len(self.plan.stages) - 1
         sums = _sums(outputs) if outputs else {}
         if training not in self._names:
@@ -143,8 +147,31 @@ class PipelinedTask:
         values = torch.stack([value for name in names for value in sums[name]]) if outputs else None
         shared = links.from_stage(values, shape=(2 * len(names),), dtype=torch.float64, stage=last)
         pairs = {name: (shared[2 * index], shared[2 * index + 1]) for index, name in enumerate(names)}
+        for name, (total, count) in self._summed(added, training=training).items():
+            before = pairs.get(name)
+            pairs[name] = (total, count) if before is None else (before[0] + total, before[1] + count)
         loss_sum, weight = pairs.pop("loss")
         return LossOutput(loss_sum=loss_sum, weight=weight, metrics=pairs)
+
+    def _summed(self, added: Sequence[Added], *, training: bool) -> dict[str, tuple[Tensor, Tensor]]:
+        """Returns on all ranks the sums over all stages of what their layers add to the loss."""
+        sums: dict[str, tuple[Tensor, Tensor]] = {}
+        for loss, metrics in added:
+            for name, pair in {"loss": (loss, torch.zeros_like(loss)), **metrics}.items():
+                total, weight = (value.detach().double() for value in pair)
+                before = sums.get(name)
+                sums[name] = (total, weight) if before is None else (before[0] + total, before[1] + weight)
+        group = self._runner.links.group
+        if training not in self._added_names:
+            gathered: list[list[str] | None] = [None] * self._mesh.size("pipe")
+            dist.all_gather_object(gathered, list(sums), group=group)
+            self._added_names[training] = list(dict.fromkeys(name for held in gathered for name in held or ()))
+        names = self._added_names[training]
+        if not names:
+            return {}
+        zero = torch.zeros((), dtype=torch.float64, device=self._device)
+        values = all_reduce_sum(torch.stack([v for name in names for v in sums.get(name, (zero, zero))]), group=group)
+        return {name: (values[2 * index], values[2 * index + 1]) for index, name in enumerate(names)}
 
     def _shared_names(self, names: Sequence[str]) -> list[str]:
         """Returns the names of the sums, which the rank of the last stage knows; the same in every step."""

@@ -53,18 +53,17 @@ def micro_batches(batch: NestedMap, *, parts: int, data_rank: int = 0, data_rank
 
 
 def padded(batch: NestedMap, *, multiple: int) -> NestedMap:
-    """Returns `batch` with rows behind the last until their number is a multiple; they have no weight in the loss.
-
-    They repeat the last row, because a row of nothing but padding is no input that a model has to bear.
-    """
+    """Returns `batch` with rows of nothing but padding behind the last until their number is a multiple."""
     rows = batch.flatten()[0].shape[0]
     missing = -rows % multiple
     if not missing:
         return batch
     longer = batch.transform(lambda tensor: torch.cat([tensor, tensor[-1:].expand(missing, *tensor.shape[1:])]))
-    weights = longer.target.weights.clone()
-    weights[rows:] = 0
-    longer.target.weights = weights
+    for side in (longer.source, longer.target):
+        side.setdefault("segment_ids", torch.ones_like(side.ids))
+        for name in ("segment_ids", "row_segment_ids", "weights"):
+            if name in side:
+                side[name] = torch.cat([side[name][:rows], torch.zeros_like(side[name][rows:])])
     return longer
 
 

@@ -8,15 +8,25 @@ from megaseq.train.rows import micro_batches, padded
 from tests.train.tiny import random_batch
 
 
-def test_rows_that_fill_up_have_no_weight() -> None:
+def test_rows_that_fill_up_are_padding() -> None:
     batch = random_batch(rows=5)
     longer = padded(batch, multiple=4)
     assert longer.source.ids.shape[0] == 8
     assert torch.equal(longer.source.ids[:5], batch.source.ids)
     assert torch.equal(longer.target.weights[:5], batch.target.weights)
     assert not longer.target.weights[5:].any()
-    # What a model reads is a row like any other.
-    assert torch.equal(longer.source.segment_ids[5:], batch.source.segment_ids[4:].expand(3, -1))
+    for side in ("source", "target"):
+        assert torch.equal(longer[side].segment_ids[:5], batch[side].segment_ids)
+        assert not longer[side].segment_ids[5:].any()
+
+
+def test_rows_without_segments_get_them_where_some_fill_up() -> None:
+    batch = random_batch(rows=3)
+    for side in (batch.source, batch.target):
+        del side["segment_ids"]
+    longer = padded(batch, multiple=2)
+    for side in (longer.source, longer.target):
+        assert side.segment_ids[:3].all() and not side.segment_ids[3:].any()
 
 
 def test_a_multiple_is_left_alone() -> None:

@@ -10,6 +10,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from megaseq.parallel.spec import Added
+
 Shapes = Mapping[str, tuple[int, int]]
 """(rows, tokens) of the activations of a micro-batch on this rank, by the name of the flow."""
 
@@ -56,3 +58,5 @@ class PipelineJob:
     """Called when a stage's backward pass of a micro-batch has left gradients of parameters."""
     outputs: dict[int, Any] = dataclasses.field(default_factory=dict)
     """What the last stage made of each micro-batch, by index; filled on the rank that has it."""
+    added: list[Added] = dataclasses.field(default_factory=list)
+    """What layers of this rank's other stages added to the loss, without gradient."""

@@ -19,7 +19,7 @@ from megaseq.parallel.pipeline.job import PipelineJob, Shapes
 from megaseq.parallel.pipeline.links import Links, in_order
 from megaseq.parallel.pipeline.plan import StagePlan
 from megaseq.parallel.pipeline.stage import ScheduledStage, StageModule, make_scheduled_stage
-from megaseq.parallel.spec import Pipelined
+from megaseq.parallel.spec import Added, Pipelined
 
 _SINGLE = {"gpipe": ScheduleGPipe, "1f1b": Schedule1F1B}
 _SEVERAL = {"interleaved": ScheduleInterleaved1F1B, "zero_bubble_v": ScheduleZBVZeroBubble}
@@ -86,13 +86,17 @@ class PipelineRunner:
         return self._schedule
 
     @torch.no_grad()
-    def forward(self, batches: Sequence[Any], *, shapes: Sequence[Shapes], dtype: torch.dtype) -> list[Any]:
+    def forward(
+        self, batches: Sequence[Any], *, shapes: Sequence[Shapes], dtype: torch.dtype
+    ) -> tuple[list[Any], list[Added]]:
         """Runs forward passes alone, of micro-batches that may differ in shape.
 
         Returns:
-            What the last stage made of each, on the rank that has it; elsewhere nothing.
+            What the last stage made of each, on the rank that has it, elsewhere nothing; and what layers of this rank's
+            other stages add to the loss.
         """
         outputs: list[Any] = []
+        sums: list[Added] = []
         links = self.links
         for batch, shape in zip(batches, shapes, strict=True):
             received: tuple[Tensor, ...] = ()
@@ -104,11 +108,14 @@ class PipelineRunner:
                 if stage.is_last:
                     outputs.append(module.output(left, batch=batch))
                     continue
+                added = module.added()
+                if added is not None:
+                    sums.append(added)
                 received = in_order(left, flows=stage.leaves, dtype=dtype)
                 if not links.is_here(stage.index + 1):
                     links.send(received, stage=stage.index + 1)
         links.wait()
-        return outputs
+        return outputs, sums
 
 
 def _loss_itself(output: Tensor, target: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from torch.distributed.pipelining import PipelineStage
 
 from megaseq.parallel.pipeline.job import PipelineJob, Shapes
 from megaseq.parallel.pipeline.plan import Stage
-from megaseq.parallel.spec import Flow, Pipelined
+from megaseq.parallel.spec import Added, Flow, Pipelined
 
 
 class StageModule(nn.Module):
@@ -42,7 +42,12 @@ class StageModule(nn.Module):
         with job.forward_context():
             left = self.run(received, batch=job.batches[self.micro_batch])
             if not self.stage.is_last:
-                return tuple(_sendable(left[flow.name], dtype=job.dtype) for flow in self.stage.leaves)
+                *others, last = (left[flow.name] for flow in self.stage.leaves)
+                added = self.added()
+                if added is not None:
+                    job.added.append(_detached(added))
+                    last = _with_loss(last, loss=added[0] if job.scale is None else added[0] * job.scale)
+                return tuple(_sendable(tensor, dtype=job.dtype) for tensor in (*others, last))
             output = self.output(left, batch=job.batches[self.micro_batch])
         loss: Tensor = output.loss_sum
         # Kept without the graph, which the schedule frees micro-batch by micro-batch.
@@ -52,7 +57,12 @@ class StageModule(nn.Module):
     def run(self, received: tuple[Tensor, ...], *, batch: Any) -> Mapping[str, Tensor]:
         """Runs the units; returns what the last of them leaves."""
         carry = {flow.name: tensor for flow, tensor in zip(self.stage.enters, received, strict=True)}
+        self._model[0].begin_losses()
         return self._model[0].run_units(carry, batch=batch, units=self.stage.units)
+
+    def added(self) -> Added | None:
+        """Returns what layers of a stage that is not the last one, which has just run, add to the loss."""
+        return self._model[0].take_losses()
 
     def output(self, left: Mapping[str, Tensor], *, batch: Any) -> Any:
         """Returns the loss output of what the last unit left."""
@@ -118,6 +128,35 @@ def make_scheduled_stage(
         output_args=outputs,
         group=process_group,
     )
+
+
+class _WithLoss(torch.autograd.Function):
+    """Hands on `x`; where that has a gradient, a loss has the gradient 1.
+
+    So a stage that does not end with the task's loss differentiates the sum of that and of its own.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, loss: Tensor) -> Tensor:
+        """Returns `x`."""
+        ctx.loss = (loss.dtype, loss.device)
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns the gradients of `x` and of the loss."""
+        dtype, device = ctx.loss
+        return gradient, torch.ones((), dtype=dtype, device=device)
+
+
+def _with_loss(x: Tensor, *, loss: Tensor) -> Tensor:
+    joined: Tensor = _WithLoss.apply(x, loss)  # type: ignore[no-untyped-call]
+    return joined
+
+
+def _detached(added: Added) -> Added:
+    loss, metrics = added
+    return loss.detach().clone(), metrics
 
 
 def _sendable(tensor: Tensor, *, dtype: torch.dtype) -> Tensor:
