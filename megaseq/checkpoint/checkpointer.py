@@ -22,7 +22,7 @@ from megaseq.checkpoint.piece import Outline, Part, Piece, as_pieces
 from megaseq.checkpoint.ranks import Ranks
 from megaseq.checkpoint.reading import Restored, load_checkpoint
 from megaseq.checkpoint.retention import MetricHistory, steps_to_delete
-from megaseq.checkpoint.staging import Stager
+from megaseq.checkpoint.staging import Room, Stager
 from megaseq.checkpoint.tiling import deal_out
 from megaseq.checkpoint.writing import Content, WriterThread, encode_state, write_checkpoint
 
@@ -72,6 +72,7 @@ class Checkpointer(Configurable):
         read_only: bool = False,
         ranks: Ranks | None = None,
         layout: str = "",
+        room: Room | None = None,
     ) -> None:
         """Prepares saving to and restoring from `directory`, which need not exist.
 
@@ -82,6 +83,7 @@ class Checkpointer(Configurable):
             ranks: That save and restore together: all of them call `save`, `wait` and `restore`, each with its
                 pieces. None is this process alone.
             layout: How the run is laid out over its ranks, kept in the manifest for people.
+            room: Where copies of the tensors lie while they are written; None is host memory.
         """
         super().__init__(p)
         self.directory = Path(directory)
@@ -92,7 +94,7 @@ class Checkpointer(Configurable):
         """How long the last `save` kept the caller: waiting for the one before, and copying (or all of the writing)."""
         self.total_stall_seconds = 0.0
         self._writer = WriterThread()
-        self._stager = Stager()
+        self._stager = Stager(room)
         self._lock = threading.Lock()
         self._damaged: set[int] = set()
         self._last_saved: int | None = None

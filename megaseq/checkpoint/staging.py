@@ -1,9 +1,10 @@
-"""Copies of the tensors in host memory, so that training goes on while they are written."""
+"""Copies of the tensors beside them, so that training goes on while they are written."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -11,10 +12,22 @@ from torch import Tensor
 from megaseq.checkpoint.piece import Piece
 
 
+class Room(Protocol):
+    """Where copies lie instead of host memory, because the tensors themselves do too."""
+
+    def like(self, tensor: Tensor) -> Tensor:
+        """Returns room for a copy of `tensor`, which is on the CPU."""
+
+    def release(self, tensors: Sequence[Tensor]) -> None:
+        """Gives back the memory that the contents of `tensors` take up for now."""
+
+
 class Stager:
     """Copies pieces into buffers that are kept from one save to the next; page-locked for those on a GPU."""
 
-    def __init__(self) -> None:
+    def __init__(self, room: Room | None = None) -> None:
+        """Takes where copies lie; None is host memory."""
+        self._room = room
         self._buffers: dict[tuple[str, tuple[int, ...]], Tensor] = {}
 
     @torch.no_grad()
@@ -27,6 +40,8 @@ class Stager:
             buffer = self._buffers[piece.name, piece.start]
             on_gpu |= piece.tensor.is_cuda
             buffer.copy_(piece.tensor, non_blocking=piece.tensor.is_cuda)
+            if self._room is not None:
+                self._room.release([piece.tensor, buffer])
             copies.append(replace(piece, tensor=buffer))
         if on_gpu:
             torch.cuda.synchronize()
@@ -37,4 +52,6 @@ class Stager:
         buffer = self._buffers.get((piece.name, piece.start))
         if buffer is not None and buffer.shape == tensor.shape and buffer.dtype == tensor.dtype:
             return buffer
+        if self._room is not None and not tensor.is_cuda:
+            return self._room.like(tensor)
         return torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=tensor.is_cuda)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -31,11 +31,23 @@ class MovingAverage(Configurable):
 
     params: Params
 
-    def __init__(self, p: Params, *, named_parameters: Mapping[str, Tensor]) -> None:
-        """Starts the averages at the parameters' values; `named_parameters` are those that train."""
+    def __init__(
+        self,
+        p: Params,
+        *,
+        named_parameters: Mapping[str, Tensor],
+        zeros: Callable[[Tensor], Tensor] = torch.zeros_like,
+    ) -> None:
+        """Starts the averages at the parameters' values.
+
+        Args:
+            p: of the average.
+            named_parameters: those that train.
+            zeros: makes the tensor of an average.
+        """
         super().__init__(p)
         self._parameters = list(named_parameters.values())
-        self._averages = [parameter.detach().clone() for parameter in self._parameters]
+        self._averages = [zeros(parameter.detach()).copy_(parameter.detach()) for parameter in self._parameters]
         self._names = list(named_parameters)
         self._scratch: Tensor | None = None
 
@@ -57,10 +69,19 @@ class MovingAverage(Configurable):
         return min((1 + num_updates) / (10 + num_updates), self.params.decay)
 
     @torch.no_grad()
-    def update(self, *, num_updates: int) -> None:
-        """Moves the averages towards the parameters as they are now; `num_updates` were applied before this one."""
-        if self._averages:
-            torch._foreach_lerp_(self._averages, self._parameters, 1.0 - self.decay(num_updates))
+    def update(self, *, num_updates: int, names: Sequence[str] | None = None) -> None:
+        """Moves the averages towards the parameters as they are now.
+
+        Args:
+            num_updates: that were applied before this one.
+            names: of the parameters whose averages are moved; None is all.
+        """
+        averages, parameters = self._averages, self._parameters
+        if names is not None:
+            places = [self._names.index(name) for name in names]
+            averages, parameters = [averages[i] for i in places], [parameters[i] for i in places]
+        if averages:
+            torch._foreach_lerp_(averages, parameters, 1.0 - self.decay(num_updates))
 
     @torch.no_grad()
     def swap(self) -> None:

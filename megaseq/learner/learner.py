@@ -149,7 +149,8 @@ class Learner(Configurable):
     def _allocate(self, groups: Sequence[ParameterGroup], *, averaged: Mapping[str, Tensor]) -> None:
         self.optimizer = self.params.optimizer.instantiate(groups=groups)
         if self.params.ema is not None:
-            self.ema = self.params.ema.instantiate(named_parameters=averaged)
+            zeros = next((group.zeros for group in groups), torch.zeros_like)
+            self.ema = self.params.ema.instantiate(named_parameters=averaged, zeros=zeros)
 
     def take_shares(self, groups: Sequence[ParameterGroup]) -> None:
         """Allocates the state of a learner that was made `deferred`.
@@ -242,10 +243,11 @@ class Learner(Configurable):
             gradient_scale=gradient_scale * stats.clip_coefficient,
         )
 
-    def average(self) -> None:
-        """Moves the averages after all groups were updated."""
+    def average(self, *, group: int | None = None) -> None:
+        """Moves the averages of one of the optimizer's groups, or of all, after it was updated."""
         if self.ema is not None:
-            self.ema.update(num_updates=self.optimizer.num_updates - 1)
+            names = None if group is None else self.optimizer.groups[group].names
+            self.ema.update(num_updates=self.optimizer.num_updates - 1, names=names)
 
     def _gradients(self, grads: Mapping[str, Tensor] | None) -> tuple[list[list[Tensor]], int]:
         """Collects the gradients group by group; returns them and how many were missing."""

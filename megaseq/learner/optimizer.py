@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +20,8 @@ class ParameterGroup:
     tensors: tuple[Tensor, ...]
     weight_decay: float
     learning_rate_scale: float
+    zeros: Callable[[Tensor], Tensor] = torch.zeros_like
+    """Makes what is kept beside a parameter, of its shape: moments and averages."""
 
 
 class Optimizer(Configurable):
@@ -59,7 +61,7 @@ class Optimizer(Configurable):
         """Registers zeros like every parameter under `slot`; returns them group by group."""
         return [
             [
-                self.add_slot(slot, name, torch.zeros_like(tensor, requires_grad=False))
+                self.add_slot(slot, name, group.zeros(tensor))
                 for name, tensor in zip(group.names, group.tensors, strict=True)
             ]
             for group in self.groups

@@ -75,7 +75,9 @@ def is_expert(parameter: Tensor) -> bool:
     return shard is not None and "expert" in shard.axes
 
 
-def counted_boxes(parameters: Mapping[str, Tensor], *, mesh: Mesh | None) -> dict[str, tuple[Box, ...] | None]:
+def counted_boxes(
+    parameters: Mapping[str, Tensor], *, mesh: Mesh | None, axes: Sequence[str] = NORM_AXES
+) -> dict[str, tuple[Box, ...] | None]:
     """Decides which part of each parameter this rank counts in sums over the model.
 
     What several ranks hold (a parameter that `tensor` does not divide, the copy of a tied matrix in another stage,
@@ -84,11 +86,12 @@ def counted_boxes(parameters: Mapping[str, Tensor], *, mesh: Mesh | None) -> dic
     Args:
         parameters: what this rank holds, with `.spec` and, where divided, `.shard`.
         mesh: None is one process.
+        axes: of the ranks that each bring what they hold to the sum.
 
     Returns:
         By name: None for all of it, else the boxes that count, perhaps none.
     """
-    group = mesh.group(*NORM_AXES) if mesh is not None else None
+    group = mesh.group(*axes) if mesh is not None else None
     if mesh is None or group is None:
         return dict.fromkeys(parameters)
     own = {name: _global_boxes(parameter) for name, parameter in parameters.items()}

@@ -198,16 +198,6 @@ def _no_experts(case: Case) -> Iterator[Broken]:
             yield Broken("parallel.expert", f"be one of {divisors(experts)} for {path}", case.layout.expert)
 
 
-def _experts_zero(case: Case) -> Iterator[Broken]:
-    if case.layout.expert > 1 and case.params.zero.stage:
-        yield Broken("parallel.zero.stage", "be 0 where parallel.expert is above 1", case.params.zero.stage)
-
-
-def _experts_pipe(case: Case) -> Iterator[Broken]:
-    for path in case.facts.num_experts if case.layout.pipe > 1 else ():
-        yield Broken("parallel.pipe", f"be 1 for a mixture of experts ({path})", case.layout.pipe)
-
-
 def _experts_context(case: Case) -> Iterator[Broken]:
     for path in sorted(case.facts.limited_experts):
         if case.layout.context > 1:
@@ -249,11 +239,6 @@ def _adafactor(case: Case) -> Iterator[Broken]:
     for axis in ("tensor", "expert"):
         if case.layout.size(axis) > 1:
             yield Broken(f"parallel.{axis}", "be 1 with Adafactor", case.layout.size(axis))
-
-
-def _nvme_optimizer(case: Case) -> Iterator[Broken]:
-    if case.params.zero.offload_optimizer == "nvme":
-        yield Broken("parallel.zero.offload_optimizer", "be none or cpu in this version", "nvme")
 
 
 REFUSALS: list[Refusal] = [
@@ -303,14 +288,6 @@ REFUSALS: list[Refusal] = [
     Refusal("fewer rows than data ranks", "a rank without a row has nothing to do", _few_rows),
     Refusal("`expert` that does not divide the experts", "a rank holds whole experts, equally many", _no_experts),
     Refusal(
-        "ZeRO with `expert`", "shares are of what all data ranks hold, and these hold other experts", _experts_zero
-    ),
-    Refusal(
-        "`pipe` with a mixture of experts",
-        "the losses of routers stay in their stages, and the task's loss is in the last one",
-        _experts_pipe,
-    ),
-    Refusal(
         "`context` with experts of a capacity",
         "the capacity is a share of a row's tokens, of which a rank has a part",
         _experts_context,
@@ -331,11 +308,6 @@ REFUSALS: list[Refusal] = [
         "Adafactor with ZeRO, `tensor` or `expert`",
         "its factored moments are means over whole rows and columns; use AdamW, or data and pipe alone",
         _adafactor,
-    ),
-    Refusal(
-        "`zero.offload_optimizer=nvme`",
-        "checkpoints take master weights and moments from memory; parameters may lie on a disk",
-        _nvme_optimizer,
     ),
 ]
 """All rows, in the order in which they are checked."""

@@ -60,7 +60,7 @@ class Saver:
         self._last_step = -1
         self._ranks = Ranks(alone=engine.mesh is None)
         self._checkpointer: Checkpointer = params.checkpoint.instantiate(
-            directory=run_dir.checkpoints, ranks=self._ranks, layout=_layout_of(engine)
+            directory=run_dir.checkpoints, ranks=self._ranks, layout=_layout_of(engine), room=engine.updater.disk
         )
         self._files = {PARAMS_FILE: params.to_yaml().encode()} | {
             f"{parts.VOCABULARY}/{name}": data for name, data in vocabulary.save_files().items()

@@ -167,8 +167,11 @@ def decode(rank: int, layout: dict[str, Any]) -> tuple[list[Any], dict[str, floa
         ({"data": 4, "expert": 2}, 4),
         ({"context": 2}, 2),
         ({"context": 2, "context_method": "ulysses", "tensor": 2}, 4),
+        ({"data": 2, "expert": 2, "zero.stage": 3, "zero.persistence_elements": 0}, 2),
+        ({"pipe": 2}, 2),
+        ({"pipe": 2, "data": 2, "expert": 2}, 4),
     ],
-    ids=["ep2", "ep2-dp2", "cp2", "cp2-tp2"],
+    ids=["ep2", "ep2-dp2", "cp2", "cp2-tp2", "ep2-zero3", "pp2", "ep2-pp2"],
 )
 def test_evaluation_and_decoding_equal_one_process(layout: dict[str, Any], world_size: int) -> None:
     texts, expected = run_ranks(decode, world_size=1, arguments=({},))[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from typing import Any
 
 import pytest
@@ -23,6 +24,14 @@ EXPERTS: dict[str, Any] = {
     }.items()
 }
 """A mixture of experts in every second layer."""
+BALANCED = EXPERTS | {
+    f"{stack}.layers.1.ffn.router.{name}": value
+    for stack in ("encoder", "decoder")
+    for name, value in {"balance_loss": 0.5, "z_loss": 0.1}.items()
+}
+"""Losses of routers that weigh as much as the task's."""
+MIXED = BALANCED | {path.replace("layers.1", "layers.0"): value for path, value in BALANCED.items()}
+"""A mixture of experts in every layer, so in every stage."""
 DROPPING = EXPERTS | {f"{stack}.layers.1.ffn.router.capacity_factor": 1.0 for stack in ("encoder", "decoder")}
 KEY_HEADS: dict[str, Any] = {
     "encoder.layer.self_attention.num_key_value_heads": 1,
@@ -33,6 +42,13 @@ KEY_HEADS: dict[str, Any] = {
 
 INTERLEAVED: dict[str, Any] = {"pipeline.schedule": "interleaved"}
 ZERO_BUBBLE: dict[str, Any] = {"pipeline.schedule": "zero_bubble_v"}
+GROUPS: dict[str, Any] = {"data": 4, "expert": 2}
+"""Two groups of ranks that hold the same experts."""
+CORNERS: dict[str, Any] = {"data": 2, "expert": 2}
+"""No two ranks of a stage hold the same experts."""
+OVERLAP: dict[str, Any] = {"zero.stage": 2, "zero.overlap": True, "zero.bucket_elements": 2000}
+OFFLOAD: dict[str, Any] = {"zero.stage": 3, "zero.offload_optimizer": "cpu", "zero.offload_parameters": "cpu"}
+NVME: dict[str, Any] = {"zero.offload_optimizer": "nvme", "zero.nvme_path": tempfile.gettempdir()}
 CUBE: dict[str, Any] = {"data": 2, "tensor": 2, "pipe": 2}
 
 ROWS: list[Row] = [
@@ -114,9 +130,64 @@ ROWS: list[Row] = [
     ("cp2-zero3", {"context": 2, "zero.stage": 3}, 2, {"varying": True}),
     ("dp2-zero3-experts", {"data": 2, "zero.stage": 3}, 2, {"task": EXPERTS}),
     ("ep2-cp2", {"data": 2, "expert": 2, "context": 2}, 4, {"task": EXPERTS}),
+    ("ep2-zero1", {"data": 2, "expert": 2, "zero.stage": 1}, 2, {"task": EXPERTS}),
+    ("ep2-zero2", {"data": 2, "expert": 2, "zero.stage": 2}, 2, {"task": EXPERTS, "accumulation": 2}),
+    ("ep2-dp2-zero1", {**GROUPS, "zero.stage": 1}, 4, {"task": EXPERTS, "varying": True}),
+    ("ep2-dp2-zero2", {**GROUPS, "zero.stage": 2}, 4, {"task": EXPERTS}),
+    ("ep2-dp2-zero3", {**GROUPS, "zero.stage": 3, "zero.persistence_elements": 0}, 4, {"task": EXPERTS}),
+    ("pp2-experts-gpipe", {"pipe": 2, "pipeline.schedule": "gpipe"}, 2, {"task": BALANCED}),
+    ("pp2-experts", {"pipe": 2}, 2, {"task": MIXED, "accumulation": 4, "checkpointing": "full"}),
+    ("pp2-experts-interleaved", {"pipe": 2, **INTERLEAVED}, 2, {"task": MIXED, "varying": True}),
+    ("pp2-experts-zero-bubble", {"pipe": 2, **ZERO_BUBBLE}, 2, {"task": MIXED}),
+    ("ep2-pp2", {**CORNERS, "pipe": 2}, 4, {"task": BALANCED, "rows": 7}),
+    ("ep2-pp2-zero1", {**CORNERS, "pipe": 2, "zero.stage": 1}, 4, {"task": MIXED}),
+    ("dp2-zero1-nvme", {"data": 2, "zero.stage": 1, **NVME}, 2, {}),
+    ("dp2-zero2-nvme", {"data": 2, "zero.stage": 2, **NVME}, 2, {"accumulation": 2}),
+    ("dp2-zero3-nvme", {"data": 2, "zero.stage": 3, **NVME, "zero.offload_parameters": "cpu"}, 2, {"accumulation": 2}),
 ]
+LONGER: list[Row] = [
+    ("zero1-alone-nvme", {"zero.stage": 1, **NVME}, 1, {}),
+    ("dp2-zero1-nvme-bf16", {"data": 2, "zero.stage": 1, **NVME}, 2, BF16),
+    ("dp2-zero2-nvme-bf16", {"data": 2, "zero.stage": 2, **NVME}, 2, BF16),
+    ("dp2-zero3-nvme-bf16", {"data": 2, "zero.stage": 3, **NVME}, 2, BF16),
+    ("dp2-pp2-zero2-nvme", {"data": 2, "pipe": 2, "zero.stage": 2, **NVME}, 4, {}),
+    ("ep2-dp2-zero1-nvme", {**GROUPS, "zero.stage": 1, **NVME}, 4, {"task": EXPERTS}),
+    ("ep2-dp2-zero3-nvme", {**GROUPS, "zero.stage": 3, **NVME}, 4, {"task": EXPERTS}),
+    ("ep2-zero3", {**CORNERS, "zero.stage": 3}, 2, {"task": EXPERTS, "accumulation": 2}),
+    ("ep4-zero2", {"data": 4, "expert": 4, "zero.stage": 2}, 4, {"task": EXPERTS}),
+    ("ep2-dp2-zero2-overlap", {**GROUPS, **OVERLAP}, 4, {"task": EXPERTS}),
+    ("ep2-dp2-zero2-offload", {**GROUPS, "zero.stage": 2, "zero.offload_optimizer": "cpu"}, 4, {"task": EXPERTS}),
+    ("ep2-dp2-zero3-offload", {**GROUPS, **OFFLOAD}, 4, {"task": EXPERTS, "accumulation": 2}),
+    ("ep2-dp2-zero1-bf16", {**GROUPS, "zero.stage": 1}, 4, {"task": EXPERTS, **BF16}),
+    ("ep2-dp2-zero2-bf16", {**GROUPS, "zero.stage": 2}, 4, {"task": EXPERTS, **BF16}),
+    ("ep2-dp2-zero3-bf16", {**GROUPS, "zero.stage": 3}, 4, {"task": EXPERTS, **BF16}),
+    ("ep2-tp2-zero1", {**CORNERS, "tensor": 2, "zero.stage": 1}, 4, {"task": EXPERTS}),
+    ("ep2-tp2-zero3", {**CORNERS, "tensor": 2, "zero.stage": 3}, 4, {"task": EXPERTS, "varying": True}),
+    ("ep2-cp2-zero2", {**CORNERS, "context": 2, "zero.stage": 2}, 4, {"task": EXPERTS}),
+    ("ep2-cp2-zero3", {**CORNERS, "context": 2, "zero.stage": 3}, 4, {"task": EXPERTS}),
+    ("pp4-experts-uneven", {"pipe": 4, "pipeline.split": (2, 1, 3, 2)}, 4, {"task": MIXED, "varying": True}),
+    ("ep2-pp2-dropping", {**CORNERS, "pipe": 2}, 4, {"task": DROPPING}),
+    ("ep2-pp2-zero-bubble", {**CORNERS, "pipe": 2, **ZERO_BUBBLE}, 4, {"task": MIXED}),
+    ("ep2-pp2-zero2", {**CORNERS, "pipe": 2, "zero.stage": 2}, 4, {"task": MIXED}),
+    ("ep2-pp2-zero1-interleaved", {**CORNERS, "pipe": 2, "zero.stage": 1, **INTERLEAVED}, 4, {"task": MIXED}),
+    ("ep2-pp2-zero1-bf16", {**CORNERS, "pipe": 2, "zero.stage": 1}, 4, {"task": EXPERTS, **BF16}),
+    ("tp2-pp2-experts", {"tensor": 2, "pipe": 2, "sequence": True}, 4, {"task": MIXED}),
+    ("cp2-pp2-experts", {"context": 2, "pipe": 2}, 4, {"task": MIXED}),
+    ("ep2-tp2-pp2-zero1", {**CUBE, "expert": 2, "zero.stage": 1}, 8, {"task": MIXED}),
+]
+"""Further combinations of the same."""
 
 
 @pytest.mark.parametrize(("parallel", "world_size", "options"), [row[1:] for row in ROWS], ids=[row[0] for row in ROWS])
 def test_layout_trains_as_one_process(parallel: dict[str, Any], world_size: int, options: dict[str, Any]) -> None:
+    check_layout(parallel, world_size=world_size, **options)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("parallel", "world_size", "options"), [row[1:] for row in LONGER], ids=[row[0] for row in LONGER]
+)
+def test_further_layout_trains_as_one_process(
+    parallel: dict[str, Any], world_size: int, options: dict[str, Any]
+) -> None:
     check_layout(parallel, world_size=world_size, **options)

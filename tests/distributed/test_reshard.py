@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -36,10 +37,19 @@ OTHERS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "dp2-tp2-zero3-shared-key-heads": ({"data": 2, "tensor": 2, "zero.stage": 3}, {"task": KEY_HEADS}),
     "ep2-dp2": ({"data": 4, "expert": 2}, {"task": EXPERTS}),
     "ep2-tp2": ({"data": 2, "expert": 2, "tensor": 2}, {"task": EXPERTS}),
+    "ep2-dp2-zero1": ({"data": 4, "expert": 2, "zero.stage": 1}, {"task": EXPERTS}),
+    "ep2-dp2-zero3": ({"data": 4, "expert": 2, "zero.stage": 3}, {"task": EXPERTS}),
+    "ep2-pp2-zero2": ({"data": 2, "expert": 2, "pipe": 2, "zero.stage": 2}, {"task": EXPERTS}),
+    "ep4": ({"data": 4, "expert": 4}, {"task": EXPERTS}),
+    "dp4-zero1-experts": ({"data": 4, "zero.stage": 1}, {"task": EXPERTS}),
     "cp2-pp2": ({"context": 2, "pipe": 2}, {}),
     "dp2-pp2-zero-bubble": ({"data": 2, "pipe": 2, "pipeline.schedule": "zero_bubble_v"}, {}),
     "dp4-zero3-offload": (
         {"data": 4, "zero.stage": 3, "zero.offload_optimizer": "cpu", "zero.offload_parameters": "cpu"},
+        {},
+    ),
+    "dp4-zero2-nvme": (
+        {"data": 4, "zero.stage": 2, "zero.offload_optimizer": "nvme", "zero.nvme_path": tempfile.gettempdir()},
         {},
     ),
     "dp4-zero2-bf16": ({"data": 4, "zero.stage": 2}, {"precision": "bf16"}),
@@ -151,6 +161,13 @@ def test_one_process_goes_on_from_any_layout(saved: tuple[Path, dict[str, Any]])
 @pytest.mark.parametrize("name", [name for name in LAYOUTS if name != "one"])
 def test_any_layout_goes_on_from_any_other(saved: tuple[Path, dict[str, Any]], name: str) -> None:
     check_moves(*saved, world_size=4, moves=[(written, name) for written in LAYOUTS])
+
+
+def test_shared_experts_move_to_other_layouts(tmp_path: Path) -> None:
+    name = "ep2-dp2-zero1"
+    stayed = run_ranks(save_rank, world_size=4, arguments=(str(tmp_path), [name]))[0]
+    check_moves(tmp_path, stayed, world_size=4, moves=[(name, "dp4-zero1-experts"), (name, "ep4")])
+    check_moves(tmp_path, stayed, world_size=1, moves=[(name, name + ALONE)])
 
 
 @pytest.mark.slow

@@ -12,6 +12,7 @@ from megaseq.checkpoint.piece import Piece
 from megaseq.learner import Learner
 from megaseq.learner.learner import UpdateStats
 from megaseq.tasks.base import LossOutput
+from megaseq.train.updaters.disk_memory import DiskMemory
 
 
 class Updater(Protocol):
@@ -19,6 +20,8 @@ class Updater(Protocol):
 
     learner: Learner
     """Its params, schedule, counts and skip statistics; what its tensors are is the updater's affair."""
+    disk: DiskMemory | None
+    """Where masters and moments lie, if not in memory."""
 
     def compute_loss(self, batch: NestedMap) -> LossOutput:
         """Runs the task's forward pass; `backward` of its sum, scaled, is to follow."""

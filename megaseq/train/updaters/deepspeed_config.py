@@ -40,7 +40,8 @@ def _zero(zero: Zero.Params) -> dict[str, Any]:
         "contiguous_gradients": True,
     }
     if zero.offload_optimizer != "none":
-        config["offload_optimizer"] = _offload(zero.offload_optimizer, path=zero.nvme_path)
+        # What lies on a disk is put there by us: DeepSpeed's own way needs an operator that it must compile.
+        config["offload_optimizer"] = _offload("cpu", path="")
     if zero.stage == 3:
         config |= {
             "sub_group_size": SUB_GROUP_ELEMENTS,

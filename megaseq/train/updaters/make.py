@@ -57,20 +57,6 @@ def _check_zero(learner_params: Learner.Params, *, parallel: Parallel.Params) ->
             "Adafactor",
             "It needs whole matrices: set parallel.zero.stage=0, where its factored moments are small, or use AdamW",
         )
-    if parallel.expert > 1:
-        raise must(
-            "parallel.zero.stage",
-            "be 0 where parallel.expert is above 1",
-            stage,
-            "Data-parallel ranks hold different experts: set parallel.zero.stage=0",
-        )
-    if parallel.zero.offload_optimizer == "nvme":
-        raise must(
-            "parallel.zero.offload_optimizer",
-            "be none or cpu in this version",
-            "nvme",
-            "Checkpoints take master weights and moments from memory: set it to cpu; offload_parameters may be nvme",
-        )
     if stage == 1 and parallel.zero.overlap:
         raise must(
             "parallel.zero.overlap",

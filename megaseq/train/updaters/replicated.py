@@ -25,12 +25,15 @@ from megaseq.parallel.pipeline import TiedTensors
 from megaseq.parallel.spec import ParameterSpec, shard_of
 from megaseq.tasks.base import BaseTask, LossOutput
 from megaseq.train.precision import MasterWeights, Precision
+from megaseq.train.updaters.disk_memory import DiskMemory
 
 PREFIX = "task."
 
 
 class Replicated:
     """Sums gradients over data-parallel and context ranks in flat buckets, then lets the learner update all of them."""
+
+    disk: DiskMemory | None = None
 
     def __init__(
         self,

@@ -68,6 +68,38 @@ class Fragment:
         return [piece.tensor for piece in found]
 
 
+@dataclass(frozen=True)
+class Run:
+    """Consecutive elements of a share, which are updated together."""
+
+    share: int
+    """Index of the share."""
+    start: int
+    stop: int
+
+    def of(self, flat: Tensor) -> Tensor:
+        """Returns the view of the run in something that is laid out as its share."""
+        return flat[self.start : self.stop]
+
+    def cut(self, fragment: Fragment, *, index: int) -> Fragment | None:
+        """Returns what of a fragment of the share lies in the run, which is number `index`; None: nothing."""
+        low = max(self.start, fragment.offset)
+        high = min(self.stop, fragment.offset + fragment.length)
+        if low >= high:
+            return None
+        first = fragment.first + low - fragment.offset
+        return Fragment(fragment.parameter, share=index, offset=low - self.start, first=first, length=high - low)
+
+
+def runs_of(shares: Sequence[Tensor], *, limit: int) -> list[Run]:
+    """Returns the runs of at most `limit` elements that shares consist of; 0: each is one."""
+    return [
+        Run(index, start=start, stop=min(start + (limit or share.numel()), share.numel()))
+        for index, share in enumerate(shares)
+        for start in range(0, share.numel(), limit or share.numel())
+    ]
+
+
 def fragments_of(optimizer: Any, *, stage: int, described: Mapping[int, Described]) -> list[list[Fragment]]:
     """Returns the fragments of each share of a ZeRO optimizer of DeepSpeed, in order.
 

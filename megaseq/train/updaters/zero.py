@@ -15,7 +15,7 @@ from megaseq.checkpoint.piece import Piece, whole_piece
 from megaseq.learner import Learner, ParameterGroup
 from megaseq.learner.clipping import global_norm
 from megaseq.learner.learner import UpdateStats
-from megaseq.parallel.gradients import all_reduce_sum, counted_boxes, names_of_all_stages
+from megaseq.parallel.gradients import all_reduce_sum, counted_boxes, is_expert, names_of_all_stages
 from megaseq.parallel.layout import Parallel
 from megaseq.parallel.mesh import Mesh
 from megaseq.parallel.spec import ParameterSpec, shard_of
@@ -23,21 +23,27 @@ from megaseq.tasks.base import BaseTask, LossOutput
 from megaseq.train.precision import Precision, low_precision_parameters
 from megaseq.train.updaters.deepspeed_config import deepspeed_config
 from megaseq.train.updaters.deepspeed_package import check_nvme, start_deepspeed
+from megaseq.train.updaters.disk_memory import DiskMemory
+from megaseq.train.updaters.expert_sharing import mark_experts, options_of, sign_of_experts
 from megaseq.train.updaters.frozen import frozen_of
 from megaseq.train.updaters.gathered import gathered
-from megaseq.train.updaters.shares import Described, Fragment, fragments_of, shares_of
+from megaseq.train.updaters.shares import Described, Fragment, fragments_of, runs_of, shares_of
 from megaseq.train.updaters.tied_gradients import TiedGradients
 
 PREFIX = "task."
+STREAMED_ELEMENTS = 1 << 22
+"""Elements of a share that are updated together where masters and moments lie on a disk."""
 WORLD_AXES = ("data", "pipe", "context", "tensor")
 
 
 class LossModule(nn.Module):
     """What DeepSpeed's engine calls: the loss of a task."""
 
-    def __init__(self, task: BaseTask) -> None:
+    def __init__(self, task: BaseTask, *, sign: nn.Module | None) -> None:
+        """Takes the task, and what tells DeepSpeed that it has experts."""
         super().__init__()
         self.task = task
+        self.sign = sign
         self.output: LossOutput | None = None
         """Of the last forward pass."""
 
@@ -52,7 +58,7 @@ class ShareOptimizer(torch.optim.Optimizer):
 
     def __init__(self, groups: Sequence[ParameterGroup], *, update: Callable[[Tensor], None]) -> None:
         """Takes the groups, of whose parameters DeepSpeed makes the shares, and what is called with a share."""
-        super().__init__([{"params": list(group.tensors)} for group in groups], {"lr": 0.0})
+        super().__init__([{"params": list(group.tensors), **options_of(group)} for group in groups], {"lr": 0.0})
         self._update = update
 
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
@@ -90,10 +96,14 @@ class Zero:
         self._mesh = mesh
         self._stage = parallel.zero.stage
         self._offloads = parallel.zero.offload_optimizer != "none"
+        self.disk: DiskMemory | None = None
+        if parallel.zero.offload_optimizer == "nvme":
+            self.disk = DiskMemory(parallel.zero.nvme_path)
         self._device = next(task.parameters()).device
         parameters = {f"{PREFIX}{name}": parameter for name, parameter in task.named_parameters()}
         described = {id(value): _describe(name, value) for name, value in parameters.items()}
-        self._boxes = counted_boxes(parameters, mesh=mesh)
+        # Shares of what all data ranks hold are disjoint, also along `expert`.
+        self._boxes = counted_boxes(parameters, mesh=mesh, axes=("pipe", "tensor"))
         self.learner: Learner = learner_params.instantiate(
             named_parameters=parameters, deferred=True, known=names_of_all_stages(list(parameters), mesh=mesh)
         )
@@ -103,8 +113,11 @@ class Zero:
         self._tied = TiedGradients(
             {name: parameters[name] for name in self.learner.trainable}, mesh=mesh, kept=self._stage == 2
         )
-        self._module = LossModule(task)
-        groups = _by_dtype(self.learner.assignment.groups)
+        mark_experts(parameters.values(), mesh=mesh, device=self._device)
+        shares_experts = any(map(is_expert, self.learner.trainable.values()))
+        sign = sign_of_experts(self._device) if shares_experts and self._stage < 3 else None
+        self._module = LossModule(task, sign=sign)
+        groups = _uniform(self.learner.assignment.groups)
         optimizer = ShareOptimizer(groups, update=self._update_share)
         config = deepspeed_config(parallel)
         if parallel.zero.offload_parameters == "nvme":
@@ -116,7 +129,18 @@ class Zero:
         self._shares = shares_of(self._zero, stage=self._stage)
         self._index = {id(share): index for index, share in enumerate(self._shares)}
         self._fragments = fragments_of(self._zero, stage=self._stage, described=described)
-        self.learner.take_shares(self._share_groups(groups))
+        if self.disk is not None:
+            self._put_on_disk(self.disk)
+        self._runs = runs_of(self._shares, limit=STREAMED_ELEMENTS if self.disk is not None else 0)
+        self._run_fragments = [
+            [part for fragment in self._fragments[run.share] if (part := run.cut(fragment, index=index)) is not None]
+            for index, run in enumerate(self._runs)
+        ]
+        self.learner.take_shares(self._run_groups(groups))
+        self._of_run = [
+            [run.of(self._shares[run.share].detach()), *(tensors[index] for tensors in self._state_by_slot().values())]
+            for index, run in enumerate(self._runs)
+        ]
         self._frozen = [
             frozen_of(parameters[name], about=described[id(parameters[name])], exact=exact)
             for name in self.learner.frozen
@@ -156,19 +180,30 @@ class Zero:
         if self.learner.ema is not None:
             self.learner.ema.restart()
 
-    def _share_groups(self, groups: Sequence[ParameterGroup]) -> list[ParameterGroup]:
-        """Returns a group of the learner for each share: all that is in one share is treated alike."""
+    def _put_on_disk(self, disk: DiskMemory) -> None:
+        """Moves the shares to the disk."""
+        # DeepSpeed keeps views of them for its own checkpoints, which we do not write.
+        for parameter in self._task.parameters():
+            parameter._hp_mapping = None  # type: ignore[attr-defined]
+        for share in self._shares:
+            disk.move(share)
+
+    def _run_groups(self, groups: Sequence[ParameterGroup]) -> list[ParameterGroup]:
+        """Returns a group of the learner for each run: all that is in one share is treated alike."""
         treated = {name: group for group in groups for name in group.names}
         found = []
-        for index, (share, row) in enumerate(zip(self._shares, self._fragments, strict=True)):
+        zeros = torch.zeros_like if self.disk is None else self.disk.zeros
+        for index, run in enumerate(self._runs):
+            row = self._fragments[run.share]
             # This rank's part of a group may be padding alone; stages 1 and 2 have a share for each group.
-            source = treated[row[0].parameter.name] if row else groups[index]
+            source = treated[row[0].parameter.name] if row else groups[run.share]
             found.append(
                 ParameterGroup(
                     names=(str(index),),
-                    tensors=(share.detach(),),
+                    tensors=(run.of(self._shares[run.share].detach()),),
                     weight_decay=source.weight_decay,
                     learning_rate_scale=source.learning_rate_scale,
+                    zeros=zeros,
                 )
             )
         return found
@@ -219,8 +254,9 @@ class Zero:
         stats = self._stats
         if stats is None or stats.step != step:
             raise RuntimeError("DeepSpeed's optimizer has not asked for the norm of the gradient")
-        if not stats.skipped:
+        if not stats.skipped and self.disk is None:
             self.learner.average()
+        self._release()
         return stats
 
     def _decide(self, *_: Any) -> Any:
@@ -271,9 +307,20 @@ class Zero:
         if stats is None or stats.skipped:
             return
         assert share.grad is not None
-        self.learner.apply(
-            stats, group=self._index[id(share)], gradients=(share.grad,), gradient_scale=float(self._data_ranks)
-        )
+        for index, run in enumerate(self._runs):
+            if run.share != self._index[id(share)]:
+                continue
+            gradient = run.of(share.grad)
+            self.learner.apply(stats, group=index, gradients=(gradient,), gradient_scale=float(self._data_ranks))
+            if self.disk is not None:
+                self.learner.average(group=index)
+                self.disk.release(self._of_run[index])
+
+    def _release(self) -> None:
+        """Gives back the memory of what lies on a disk and has been read."""
+        if self.disk is not None:
+            for tensors in self._of_run:
+                self.disk.release(tensors)
 
     # ---- between the steps ---------------------------------------------------------------------------------------
 
@@ -294,15 +341,16 @@ class Zero:
             frozen.publish()
         if self._stage < 3:
             zero.update_lp_params()
-            return
-        for index in range(len(zero.fp16_groups)):
-            zero._reassign_or_swap_out_partitioned_parameters(index)
-        if zero.persistent_parameters:
-            zero.persistent_parameters[0].all_gather(zero.persistent_parameters)
+        else:
+            for index in range(len(zero.fp16_groups)):
+                zero._reassign_or_swap_out_partitioned_parameters(index)
+            if zero.persistent_parameters:
+                zero.persistent_parameters[0].all_gather(zero.persistent_parameters)
+        self._release()
 
     def parameter_pieces(self) -> list[Piece]:
         """See `Updater.parameter_pieces`."""
-        found = self._pieces_in(self._shares)
+        found = self._pieces_in([run.of(self._shares[run.share]) for run in self._runs])
         for frozen in self._frozen:
             found += frozen.pieces()
         names = {name for name, _ in self._task.named_parameters()}
@@ -314,39 +362,37 @@ class Zero:
     def pieces(self) -> list[Piece]:
         """See `Updater.pieces`."""
         found = self.parameter_pieces()
-        by_slot: dict[str, list[Tensor | None]] = {}
-        for name, tensor in self.learner.state_tensors().items():
-            slot, _, index = name.rpartition(".")
-            by_slot.setdefault(slot, [None] * len(self._shares))[int(index)] = tensor
-        for slot, flats in by_slot.items():
-            found += self._pieces_in([flat for flat in flats if flat is not None], prefix=f"{slot}.")
+        for slot, flats in self._state_by_slot().items():
+            found += self._pieces_in(flats, prefix=f"{slot}.")
         return found
+
+    def _state_by_slot(self) -> dict[str, list[Tensor]]:
+        """Returns what the learner keeps, a tensor for each run, by its kind."""
+        by_slot: dict[str, list[Tensor]] = {}
+        for name, tensor in self.learner.state_tensors().items():
+            by_slot.setdefault(name.rpartition(".")[0], []).append(tensor)
+        return by_slot
 
     def _pieces_in(self, flats: Sequence[Tensor], *, prefix: str = "") -> list[Piece]:
         return [
             piece
-            for flat, row in zip(flats, self._fragments, strict=True)
+            for flat, row in zip(flats, self._run_fragments, strict=True)
             for fragment in row
             for piece in fragment.pieces(f"{prefix}{fragment.parameter.name}", flat=flat.detach())
         ]
 
 
-def _by_dtype(groups: Sequence[ParameterGroup]) -> list[ParameterGroup]:
-    """Splits groups so that each can be one flat tensor."""
-    return [
-        ParameterGroup(
-            names=tuple(name for name, tensor in _named(group) if tensor.dtype == dtype),
-            tensors=tuple(tensor for tensor in group.tensors if tensor.dtype == dtype),
-            weight_decay=group.weight_decay,
-            learning_rate_scale=group.learning_rate_scale,
-        )
-        for group in groups
-        for dtype in dict.fromkeys(tensor.dtype for tensor in group.tensors)
-    ]
-
-
-def _named(group: ParameterGroup) -> Iterator[tuple[str, Tensor]]:
-    return zip(group.names, group.tensors, strict=True)
+def _uniform(groups: Sequence[ParameterGroup]) -> list[ParameterGroup]:
+    """Splits groups so that each can be one flat tensor, which the same ranks share."""
+    found = []
+    for group in groups:
+        parts: dict[tuple[torch.dtype, bool], list[tuple[str, Tensor]]] = {}
+        for name, tensor in zip(group.names, group.tensors, strict=True):
+            parts.setdefault((tensor.dtype, is_expert(tensor)), []).append((name, tensor))
+        for part in parts.values():
+            names, tensors = zip(*part, strict=True)
+            found.append(dataclasses.replace(group, names=names, tensors=tensors))
+    return found
 
 
 def _describe(name: str, parameter: Tensor) -> Described:
