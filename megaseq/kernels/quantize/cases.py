@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from megaseq.kernels.quantize.formats import FormatName
+from megaseq.kernels.compile_case import CompileCase
+from megaseq.kernels.quantize.configs import configs, dequantize_configs
+from megaseq.kernels.quantize.formats import FORMATS, FormatName
+from megaseq.kernels.triton_runtime import override
 
 
 @dataclass(frozen=True)
@@ -41,3 +45,36 @@ CASES = (
     QuantizeCase("one_element", rows=1, width=1, form="e4m3"),
     QuantizeCase("no_rows", rows=0, width=7),
 )
+
+
+def compile_cases() -> list[CompileCase]:
+    """Every kernel, format and tile."""
+    cases = []
+    for form in FORMATS:
+        for dtype in (torch.float32, torch.bfloat16):
+            for block in (128, 4096, 16384):
+                cases.append(
+                    CompileCase(
+                        name=f"{form}_{dtype}_block{block}".replace("torch.", ""),
+                        run=_launches(form=form, dtype=dtype, block=block),
+                        minimum_architecture=89 if form == "e4m3" else 80,
+                    )
+                )
+    return cases
+
+
+def _launches(*, form: str, dtype: torch.dtype, block: int) -> Callable[[], None]:
+    from megaseq.kernels.quantize.op import empty_outputs, launch_dequantize, launch_quantize
+
+    def run() -> None:
+        x = torch.empty(2, 2 * block, dtype=dtype)
+        values, scales = empty_outputs(x, form=form, block=block)
+        for tile in configs(block):
+            with override(quantize=tile):
+                for out, where, rounds in ((values, scales, False), (values, scales, True), (x, None, False)):
+                    launch_quantize(x, out=out, scales=where, form=form, block=block, power_of_two=rounds)
+        for tile in dequantize_configs():
+            with override(dequantize=tile):
+                launch_dequantize(values, scales=scales, block=block, out=x)
+
+    return run

@@ -6,7 +6,6 @@ from megaseq.kernels.triton_runtime import Config
 
 WIDEST = 8192
 """Columns of the widest tile; a longer block is read twice, tile by tile."""
-_ELEMENTS = 8192
 
 
 def columns_of(block: int) -> int:
@@ -14,19 +13,22 @@ def columns_of(block: int) -> int:
     return min(WIDEST, max(16, 1 << (block - 1).bit_length()))
 
 
-def default(block: int) -> Config:
-    """The tile that an architecture without a table uses: as many rows as fill registers well."""
-    columns = columns_of(block)
-    rows = max(1, min(32, _ELEMENTS // 2 // columns))
-    return Config({"ROWS": rows, "COLUMNS": columns}, num_warps=8 if rows * columns > 4096 else 4, num_stages=2)
-
-
 def configs(block: int) -> list[Config]:
-    """All that the tuner tries for blocks of this many elements."""
+    """All that the tuner tries for blocks of this many elements, the first one for where no table says more."""
     columns = columns_of(block)
+    if columns > 4096:
+        return [Config({"ROWS": 1, "COLUMNS": columns}, num_warps=warps, num_stages=2) for warps in (8, 16)]
     return [
-        Config({"ROWS": rows, "COLUMNS": columns}, num_warps=warps, num_stages=2)
-        for rows in (1, 2, 4, 8, 16, 32)
-        if 512 <= rows * columns <= _ELEMENTS or (rows == 1 and columns <= _ELEMENTS)
+        Config({"ROWS": elements // columns, "COLUMNS": columns}, num_warps=warps, num_stages=2)
+        for elements in (4096, 2048, 8192)
+        if elements >= columns
         for warps in (4, 8)
+    ]
+
+
+def dequantize_configs() -> list[Config]:
+    """All that the tuner tries for `dequantize`, whatever the blocks."""
+    return [
+        Config({"ROWS": rows, "COLUMNS": columns}, num_warps=4, num_stages=2)
+        for rows, columns in ((1, 1024), (2, 1024), (1, 2048), (4, 512))
     ]

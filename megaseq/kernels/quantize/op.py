@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megaseq.kernels.quantize.configs import columns_of, default
+from megaseq.kernels.quantize.configs import columns_of, configs, dequantize_configs
 from megaseq.kernels.quantize.formats import FORMATS, SMALLEST_SCALE
 from megaseq.kernels.triton_runtime import config, interpreted
 
@@ -30,7 +30,7 @@ def launch_quantize(
     if not x.numel():
         return
     num_rows, width = x.shape
-    tile = config("quantize", key=f"{form},{columns_of(block)}", default=default(block))
+    tile = config("quantize", key=f"{form},{columns_of(block)}", default=configs(block)[0])
     grid = (-(-num_rows // tile.blocks["ROWS"]), -(-width // block))
     quantize_kernel[grid](
         x,
@@ -58,7 +58,7 @@ def launch_dequantize(values: Tensor, *, scales: Tensor, block: int, out: Tensor
     if not values.numel():
         return
     num_rows, width = values.shape
-    tile = config("dequantize", key=f"{columns_of(min(width, 1024))}", default=default(min(width, 1024)))
+    tile = config("dequantize", key=f"{columns_of(width)}", default=dequantize_configs()[0])
     grid = (-(-num_rows // tile.blocks["ROWS"]), -(-width // tile.blocks["COLUMNS"]))
     dequantize_kernel[grid](
         values,
@@ -67,7 +67,6 @@ def launch_dequantize(values: Tensor, *, scales: Tensor, block: int, out: Tensor
         num_rows,
         width,
         block,
-        scales.shape[1],
         *values.stride(),
         *scales.stride(),
         **tile.arguments(),

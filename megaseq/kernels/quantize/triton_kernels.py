@@ -97,7 +97,6 @@ def dequantize_kernel(
     R,
     D,
     block,
-    num_blocks,
     stride_r,
     stride_c,
     scales_stride_r,
