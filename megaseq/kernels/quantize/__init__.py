@@ -13,7 +13,7 @@ from megaseq.kernels.quantize.formats import FORMATS, FormatName, Quantized
 from megaseq.kernels.quantize.reference import reference_dequantize, reference_quantize
 from megaseq.kernels.quantize.straight_through import StraightThrough
 
-__all__ = ["FormatName", "Quantized", "dequantize", "fake_quantize", "quantize"]
+__all__ = ["FormatName", "Quantized", "check_quantized", "dequantize", "fake_quantize", "quantize"]
 
 _OP = "quantize"
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -67,7 +67,7 @@ def dequantize(quantized: Quantized, *, dtype: torch.dtype = torch.float32) -> T
             cannot run this call.
     """
     values, scales, block = quantized
-    form = _check_quantized(quantized, op="dequantize")
+    form = check_quantized(quantized, op="dequantize")
     if dtype not in _FLOATS:
         raise fail(
             "dtype",
@@ -155,27 +155,33 @@ def _check(x: Tensor, *, form: str, block: int | None) -> int:
     return x.shape[-1] if block is None else min(block, x.shape[-1])
 
 
-def _check_quantized(quantized: Quantized, *, op: str) -> str:
+def check_quantized(quantized: Quantized, *, op: str, argument: str = "") -> str:
     """Checks that values and scales belong together; returns the name of the format.
+
+    Args:
+        quantized: what came.
+        op: the op's name.
+        argument: the argument's name; "" where it is the op's only one.
 
     Raises:
         KernelError: at the first that does not fit.
     """
     values, scales, block = quantized
+    prefix = argument and f"{argument}."
     names = [name for name, form in FORMATS.items() if form.dtype is values.dtype]
     if not names or values.dim() == 0:
         raise fail(
-            "values",
+            f"{prefix}values",
             op=op,
             expected="be int8 or float8_e4m3fn [..., D]",
             came=f"{values.dtype} {list(values.shape)}",
             remedy="Use quantize",
         )
     if block < 1:
-        raise fail("block", op=op, expected="be at least 1", came=block, remedy="Use quantize")
+        raise fail(f"{prefix}block", op=op, expected="be at least 1", came=block, remedy="Use quantize")
     shape = (*values.shape[:-1], -(-values.shape[-1] // block))
-    check_shape(scales, op=op, argument="scales", shape=shape, legend="[..., ceil(D / block)]")
-    check_device(scales, op=op, argument="scales", other=values, other_name="values")
+    check_shape(scales, op=op, argument=f"{prefix}scales", shape=shape, legend="[..., ceil(D / block)]")
+    check_device(scales, op=op, argument=f"{prefix}scales", other=values, other_name=f"{prefix}values")
     if scales.dtype is not torch.float32:
-        raise fail("scales", op=op, expected="be float32", came=scales.dtype, remedy="Use quantize")
+        raise fail(f"{prefix}scales", op=op, expected="be float32", came=scales.dtype, remedy="Use quantize")
     return names[0]

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from megaseq.kernels.quantize.e4m3 import decode_e4m3
 from megaseq.kernels.quantize.formats import FORMATS, SMALLEST_SCALE
 
 _MANTISSA, _EXPONENT = 0x007FFFFF, 0x7F800000
@@ -32,7 +33,8 @@ def reference_quantize(x: Tensor, *, form: str, block: int, power_of_two: bool) 
 
 def reference_dequantize(values: Tensor, *, scales: Tensor, block: int, dtype: torch.dtype) -> Tensor:
     """Returns `values` [..., D] times the scales [..., S] of their blocks, in `dtype`."""
-    blocks = _blocks(values.float(), block=block) * scales[..., None]
+    numbers = decode_e4m3(values) if values.dtype is torch.float8_e4m3fn else values.float()
+    blocks = _blocks(numbers, block=block) * scales[..., None]
     return blocks.flatten(-2)[..., : values.shape[-1]].to(dtype)
 
 

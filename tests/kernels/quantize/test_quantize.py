@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from megaseq.kernels import dispatch
 from megaseq.kernels.checks import KernelError
 from megaseq.kernels.quantize import FormatName, Quantized, dequantize, fake_quantize, quantize
+from megaseq.kernels.quantize.e4m3 import decode_e4m3
 from megaseq.kernels.quantize.formats import FORMATS
 
 FORMS = tuple(FORMATS)
@@ -130,6 +131,14 @@ def test_fake_is_there_and_back_with_the_gradient_of_the_identity(form: FormatNa
     assert torch.equal(torch.autograd.grad(y, x, gradient)[0], gradient)
     quantized = quantize(x, form=form)
     assert not quantized.values.requires_grad and not quantized.scales.requires_grad
+
+
+def test_every_e4m3_number_is_read_as_torch_reads_it() -> None:
+    codes = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn)
+    found, expected = decode_e4m3(codes), codes.float()
+    assert torch.equal(found.isnan(), expected.isnan()) and int(found.isnan().sum()) == 2
+    assert torch.equal(found.nan_to_num(1.0), expected.nan_to_num(1.0))
+    assert torch.equal(found.signbit(), expected.signbit())
 
 
 def test_any_shape_and_strides() -> None:
