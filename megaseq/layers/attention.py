@@ -9,7 +9,7 @@ from torch import Tensor
 
 from megaseq.base import FROM_PARENT, REQUIRED
 from megaseq.base.errors import must
-from megaseq.kernels.attention import AttentionMask, attention
+from megaseq.kernels.attention import AttentionMask, RelativeBias, attention
 from megaseq.kernels.dropout import DropoutMask
 from megaseq.layers.base import inherit
 from megaseq.layers.branch import Branch
@@ -119,7 +119,7 @@ class Attention(Branch):
         key: Tensor,
         value: Tensor,
         mask: Mask | None,
-        bias: Tensor | None,
+        bias: Tensor | RelativeBias | None,
         tokens: Tokens | None = None,
     ) -> Tensor:
         """Attends with `query` [B, T, N, H] to `key` and `value` [B, S, M, H]; returns the heads as [B, T, N*H].

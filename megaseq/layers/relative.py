@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from megaseq.base import FROM_PARENT
+from megaseq.kernels.attention import RelativeBias, computes_bias
 from megaseq.layers.base import Layer
 from megaseq.layers.initializers import Gaussian, Initializer
 from megaseq.parallel.spec import Ranks
@@ -31,8 +32,15 @@ class PositionBias(Layer):
         """Returns the bias [N, L] of `distances` [L], key place minus query place."""
         raise NotImplementedError
 
-    def forward(self, length: int, *, device: torch.device) -> Tensor:
-        """Returns the bias [1, N, T, T] of a row of `length` T against itself."""
+    def relative(self, *, device: torch.device) -> RelativeBias:
+        """Returns the bias of all distances."""
+        raise NotImplementedError
+
+    def forward(self, length: int, *, device: torch.device) -> Tensor | RelativeBias:
+        """Returns the bias of a row of `length` T against itself, in the form that attention on `device` wants it in:
+        by distance, or [1, N, T, T], made here once for all layers."""
+        if computes_bias(device):
+            return self.relative(device=device)
         values = self.by_distance(torch.arange(1 - length, length, device=device))
         # Windows of the 2T - 1 values are the rows, last query first.
         return values.unfold(1, length, 1).flip(1).unsqueeze(0)
@@ -89,9 +97,25 @@ class BucketedBias(PositionBias):
         far = (exact + (ratio * (count - exact)).to(distances.dtype)).clamp(max=count - 1)
         return base + torch.where(distances < exact, distances, far)
 
+    def _span(self) -> tuple[int, int]:
+        """Returns distances before and behind which all have one bucket: nearer than `max_distance`, and the nearer,
+        the more of a row is far off."""
+        p = self.params
+        count = p.num_buckets // 2 if p.bidirectional else p.num_buckets
+        exact = count // 2
+        start = exact * (p.max_distance / exact) ** ((count - exact - 1) / (count - exact))
+        # One more, as the edge of a bucket is found in float32.
+        reach = min(p.max_distance, math.ceil(start) + 1)
+        return -reach, reach if p.bidirectional else 0
+
     def by_distance(self, distances: Tensor) -> Tensor:
         """Returns the bias [N, L] of `distances` [L], key place minus query place."""
         return functional.embedding(self.buckets(distances), self.weight).t()
+
+    def relative(self, *, device: torch.device) -> RelativeBias:
+        """Returns the bias of all distances."""
+        first, last = self._span()
+        return RelativeBias(table=self.by_distance(torch.arange(first, last + 1, device=device)), first=first)
 
 
 class Alibi(PositionBias):
@@ -117,6 +141,10 @@ class Alibi(PositionBias):
         """Returns the bias [N, L] of `distances` [L], key place minus query place."""
         slopes = self._slopes.to(distances.device)
         return -slopes.unsqueeze(1) * distances.abs().to(slopes.dtype)
+
+    def relative(self, *, device: torch.device) -> RelativeBias:
+        """Returns the bias of all distances."""
+        return RelativeBias(slopes=self._slopes.to(device))
 
 
 def alibi_slopes(num_heads: int) -> list[float]:

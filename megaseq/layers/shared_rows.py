@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from megaseq.kernels.attention import AttentionMask, attention
+from megaseq.kernels.attention import AttentionMask, RelativeBias, attention, computes_bias
 from megaseq.kernels.attention.ring import RingDropout, RingSettings, ring_attention
 from megaseq.kernels.dropout import DropoutKey, DropoutMask
 from megaseq.layers.relative import PositionBias
@@ -37,9 +37,13 @@ class SharedRow:
             places=ranks.places(length, device=segment_ids.device),
         )
 
-    def bias(self, layer: PositionBias) -> Tensor:
-        """Returns the biases [N, 2 * padded - 1] of all distances of two places of a row, the smallest first."""
-        places = torch.arange(1 - self.padded, self.padded, device=self.segment_ids.device)
+    def bias(self, layer: PositionBias) -> Tensor | RelativeBias:
+        """Returns the biases [N, 2 * padded - 1] of all distances of two places of a row, the smallest first; or by
+        distance, where attention wants them so."""
+        device = self.segment_ids.device
+        if self.ranks.method == "ulysses" and computes_bias(device):
+            return layer.relative(device=device)
+        places = torch.arange(1 - self.padded, self.padded, device=device)
         return layer.by_distance(places)
 
     def mask(self, *, causal: bool, window: int | None) -> SharedMask:
@@ -69,7 +73,7 @@ class SharedMask:
         *,
         key: Tensor,
         value: Tensor,
-        bias: Tensor | None,
+        bias: Tensor | RelativeBias | None,
         scale: float,
         soft_cap: float | None,
         heads: tuple[int, int],
@@ -81,7 +85,7 @@ class SharedMask:
             query: [B, t, N, H].
             key: [B, s, M, H], of this rank's tokens.
             value: [B, s, M, H].
-            bias: [N, L + K - 1], what `SharedRow.bias` returned; None: none.
+            bias: what `SharedRow.bias` returned; None: none.
             scale: factor of the scores.
             soft_cap: as of `kernels.attention`.
             heads: (number of the first head here, heads of the model).
@@ -90,7 +94,7 @@ class SharedMask:
         Returns:
             [B, t, N, H].
         """
-        if self.queries.ranks.method == "ulysses":
+        if self.queries.ranks.method == "ulysses" or isinstance(bias, RelativeBias):
             return self._by_heads(
                 query, key=key, value=value, bias=bias, scale=scale, soft_cap=soft_cap, heads=heads, dropout=dropout
             )
@@ -115,7 +119,7 @@ class SharedMask:
         *,
         key: Tensor,
         value: Tensor,
-        bias: Tensor | None,
+        bias: Tensor | RelativeBias | None,
         scale: float,
         soft_cap: float | None,
         heads: tuple[int, int],
@@ -126,8 +130,10 @@ class SharedMask:
         count = query.shape[2] // ranks.size
         first = ranks.index * count
         query, key, value = (ranks.tokens_for_heads(tensor) for tensor in (query, key, value))
-        whole_bias: Tensor | None = None
-        if bias is not None:
+        whole_bias: Tensor | RelativeBias | None = None
+        if isinstance(bias, RelativeBias):
+            whole_bias = bias.of_heads(first, first + count)
+        elif bias is not None:
             own = bias[first : first + count]
             whole_bias = own.unfold(1, self.keys.padded, 1).flip(1).unsqueeze(0)
         mask: DropoutMask | None = None

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from megaseq.kernels.attention import AttentionMask
+from megaseq.kernels.attention import AttentionMask, RelativeBias
 from megaseq.layers.rotary import Rotation, RotationKey
 from megaseq.layers.shared_rows import SharedMask, SharedRow
 from megaseq.layers.tokens import Tokens
@@ -25,8 +25,8 @@ class Sight:
     """[B or 1, T], 0-based, restarting in each segment."""
     causal: bool
     """Whether later keys are hidden."""
-    bias: Tensor | None = None
-    """[1, N, T, T] from the stack's position bias; of shared rows what `SharedRow.bias` returns."""
+    bias: Tensor | RelativeBias | None = None
+    """What the stack's position bias returned; of shared rows what `SharedRow.bias` did."""
     inner: Tokens | None = None
     """Tokens that the blocks of a layer have; None: the context's rows, whole."""
     stream: Tokens | None = None

@@ -6,6 +6,8 @@ import math
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from megaseq.base import ParamsError
 from megaseq.layers import Alibi, BucketedBias, LearnedPositions, Rotary, SinusoidalPositions, initialize
@@ -109,6 +111,26 @@ def test_bucketed_bias_gets_gradients() -> None:
     grad = bias.weight.grad
     assert grad is not None and float(grad.sum()) == 2 * 25
     assert float(grad[0, 0]) == 5.0  # distance zero, once in each row
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    num_buckets=st.integers(2, 24).map(lambda n: 2 * n),
+    further=st.integers(1, 200),
+    bidirectional=st.booleans(),
+)
+def test_bias_by_distance_is_that_of_every_pair(num_buckets: int, further: int, bidirectional: bool) -> None:
+    """Also beyond the ends of the table, which is shorter than from the greatest distance to the greatest one."""
+    max_distance = num_buckets // 2 + further
+    bias: BucketedBias = BucketedBias.Params(
+        num_heads=2, bidirectional=bidirectional, num_buckets=num_buckets, max_distance=max_distance
+    ).instantiate()
+    initialize(bias, seed=1)
+    short, length = bias.relative(device=torch.device("cpu")), max_distance + 5
+    assert short.table is not None and short.table.shape[1] <= (2 if bidirectional else 1) * max_distance + 1
+    dense = bias(length, device=torch.device("cpu"))
+    assert isinstance(dense, torch.Tensor)
+    assert torch.equal(short.dense(query_length=length, key_length=length), dense)
 
 
 @pytest.mark.parametrize(

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from megaseq.base import native
+from megaseq.kernels.attention import fused
 from megaseq.kernels.attention.host import DTYPES, HEAD_BLOCK, native_attention, starts_fit
 from megaseq.kernels.attention.mask import AttentionMask
-from megaseq.kernels.attention.reference import reference_attention
+from megaseq.kernels.attention.reference import reference_attention, reference_log_sum
+from megaseq.kernels.attention.relative_bias import RelativeBias
 from megaseq.kernels.attention.sdpa import sdpa_attention
 from megaseq.kernels.attention.segments import SegmentPlan, segment_attention
 from megaseq.kernels.checks import check_floating, check_like, check_shape, fail
-from megaseq.kernels.dispatch import choose
+from megaseq.kernels.dispatch import choose, requested
 from megaseq.kernels.dropout import DropoutMask
 
-__all__ = ["AttentionMask", "attention"]
+__all__ = ["AttentionMask", "RelativeBias", "attention", "attention_with_log_sum", "computes_bias"]
 
 NATIVE_MAX_LENGTH = 192
 """The longest segment that the compiled extension attends to faster than a fused op with blocked matrix products."""
@@ -32,7 +35,7 @@ def attention(
     key: Tensor,
     value: Tensor,
     mask: AttentionMask | None = None,
-    bias: Tensor | None = None,
+    bias: Tensor | RelativeBias | None = None,
     scale: float | None = None,
     soft_cap: float | None = None,
     dropout: DropoutMask | None = None,
@@ -44,7 +47,7 @@ def attention(
         key: [B, S, M, H], N a multiple of M (grouped-query attention).
         value: [B, S, M, H].
         mask: who sees whom; None: every query sees every key.
-        bias: added to the scores, [1 or B, N, T, S]; it may need a gradient.
+        bias: added to the scores, by distance, or [1 or B, N, T, S]; it may need a gradient.
         scale: factor of the scores; None: 1 / sqrt(H).
         soft_cap: scores become `soft_cap * tanh(scores / soft_cap)`, before bias and mask.
         dropout: which attention weights become zero; None outside training.
@@ -62,16 +65,27 @@ def attention(
     scale = head_dim**-0.5 if scale is None else scale
     if dropout is not None and dropout.rate == 0.0:
         dropout = None
-    shortcut = None if mask is None else mask.shortcut(query_length=query_length, key_length=key_length)
+    wanted = requested("attention")
+    shortcut = None
+    if mask is not None and wanted != "triton":
+        # Not for the kernels, which a compiled graph may hold: it reads the mask's tensors.
+        shortcut = mask.shortcut(query_length=query_length, key_length=key_length)
     if shortcut == "full":
         mask = None
     plain = soft_cap is None and dropout is None
     plan = None
     if soft_cap is None and query.device.type == "cpu" and bias is None and mask is not None and shortcut is None:
         plan = mask.plan()
-    impossible = _impossible(query, plain=plain, plan=plan, dropout=dropout)
+    unfit: str | None = "it is not made for this device"
+    if wanted != "auto" or fused.preferred(query.device):
+        unfit = fused.unfit(query, mask=mask, bias=bias, scale=scale, dropout=dropout)
+    impossible = _impossible(query, plain=plain, plan=plan, dropout=dropout, unfit=unfit)
     automatic = "reference"
-    if plain:
+    # What torch's flash attention computes without a mask in memory is left to it.
+    flash = plain and bias is None and (mask is None or shortcut == "causal")
+    if unfit is None and fused.preferred(query.device) and not flash:
+        automatic = "triton"
+    elif plain:
         automatic = "sdpa"
         if plan is not None and "native" not in impossible and plan.longest <= NATIVE_MAX_LENGTH:
             automatic = "native"
@@ -80,18 +94,88 @@ def attention(
     elif plan is not None and "native" not in impossible and plan.longest <= NATIVE_MAX_DROPPED_LENGTH:
         automatic = "native"
     chosen = choose("attention", automatic=automatic, impossible=impossible)
+    if chosen == "triton" and not isinstance(bias, Tensor):
+        return fused.fused_attention(
+            query, key=key, value=value, mask=mask, bias=bias, scale=scale, soft_cap=soft_cap, dropout=dropout
+        )[0]
     if chosen == "native" and plan is not None:
         return native_attention(query, key=key, value=value, plan=plan, scale=scale, dropout=dropout)
     if chosen == "segments" and plan is not None:
         return segment_attention(query, key=key, value=value, plan=plan, scale=scale)
+    if isinstance(bias, RelativeBias):
+        bias = bias.dense(query_length=query_length, key_length=key_length)
     if chosen == "sdpa":
         return sdpa_attention(
-            query, key=key, value=value, mask=mask, causal=shortcut == "causal", bias=bias, scale=scale
+            query,
+            key=key,
+            value=value,
+            mask=mask,
+            causal=shortcut == "causal",
+            bias=bias,
+            scale=scale,
         )
-    allowed = None
-    if mask is not None:
-        allowed = mask.allowed(query_length=query_length, key_length=key_length, device=query.device)
     return reference_attention(
+        query,
+        key=key,
+        value=value,
+        allowed=_allowed(query, key=key, mask=mask),
+        bias=bias,
+        scale=scale,
+        soft_cap=soft_cap,
+        dropout_mask=dropout,
+    )
+
+
+def attention_with_log_sum(
+    query: Tensor,
+    *,
+    key: Tensor,
+    value: Tensor,
+    mask: AttentionMask | None = None,
+    bias: Tensor | RelativeBias | None = None,
+    scale: float | None = None,
+    soft_cap: float | None = None,
+    dropout: DropoutMask | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`attention` to a part of the keys, and what it takes to join it with that to the others.
+
+    The outputs of two parts are joined by the weights `exp(log_sum - total)`, where `total` is the logaddexp of both.
+
+    Args:
+        query: as of `attention`, and so are all others.
+        key: [B, S, M, H].
+        value: [B, S, M, H].
+        mask: who sees whom.
+        bias: added to the scores.
+        scale: factor of the scores.
+        soft_cap: bound of the scores.
+        dropout: which attention weights become zero, which changes nothing in the second result.
+
+    Returns:
+        [B, T, N, H], and [B, N, T] in at least float32: the logarithm of the sum over the keys that a query sees of
+        exp(score), minus infinity if it sees none. Both are differentiable.
+
+    Raises:
+        KernelError: as `attention`.
+    """
+    _check(query, key=key, value=value, mask=mask, bias=bias, soft_cap=soft_cap)
+    scale = query.shape[3] ** -0.5 if scale is None else scale
+    if dropout is not None and dropout.rate == 0.0:
+        dropout = None
+    unfit = fused.unfit(query, mask=mask, bias=bias, scale=scale, dropout=dropout)
+    impossible = dict.fromkeys(("sdpa", "segments", "native"), "it does not return the log-sum-exp")
+    if unfit is not None:
+        impossible["triton"] = unfit
+    automatic = "triton" if unfit is None and fused.preferred(query.device) else "reference"
+    chosen = choose("attention", automatic=automatic, impossible=impossible)
+    if chosen == "triton" and not isinstance(bias, Tensor):
+        return fused.fused_attention(
+            query, key=key, value=value, mask=mask, bias=bias, scale=scale, soft_cap=soft_cap, dropout=dropout
+        )
+    if isinstance(bias, RelativeBias):
+        bias = bias.dense(query_length=query.shape[1], key_length=key.shape[1])
+    allowed = _allowed(query, key=key, mask=mask)
+    output = reference_attention(
         query,
         key=key,
         value=value,
@@ -101,17 +185,35 @@ def attention(
         soft_cap=soft_cap,
         dropout_mask=dropout,
     )
+    return output, reference_log_sum(query, key=key, allowed=allowed, bias=bias, scale=scale, soft_cap=soft_cap)
 
 
-def _impossible(query: Tensor, *, plain: bool, plan: SegmentPlan | None, dropout: DropoutMask | None) -> dict[str, str]:
+def computes_bias(device: torch.device) -> bool:
+    """Whether attention on `device` computes a bias from distances, so that a dense one need not be made for it."""
+    wanted = requested("attention")
+    if wanted == "auto":
+        return fused.preferred(device) and fused.unable_on(device.type) is None
+    return wanted == "triton"
+
+
+def _allowed(query: Tensor, *, key: Tensor, mask: AttentionMask | None) -> Tensor | None:
+    """Who sees whom, bool [B or 1, 1, T, S]."""
+    if mask is None:
+        return None
+    return mask.allowed(query_length=query.shape[1], key_length=key.shape[1], device=query.device)
+
+
+def _impossible(
+    query: Tensor, *, plain: bool, plan: SegmentPlan | None, dropout: DropoutMask | None, unfit: str | None
+) -> dict[str, str]:
     """Says which implementations cannot run a call, and why."""
-    reasons = {"triton": "its kernels are not part of this version"}
+    reasons = {} if unfit is None else {"triton": unfit}
     if not plain:
         reasons["sdpa"] = "it has neither a soft cap nor a reproducible dropout"
         reasons["segments"] = reasons["sdpa"]
     if plan is None:
-        unfit = "it wants padded or packed rows in host memory, without bias, window and soft cap"
-        reasons["segments"] = reasons["native"] = unfit
+        wants = "it wants padded or packed rows in host memory, without bias, window and soft cap"
+        reasons["segments"] = reasons["native"] = wants
     elif query.dtype not in DTYPES or query.shape[3] % HEAD_BLOCK:
         reasons["native"] = f"it takes float32 or bfloat16 and heads of a width that {HEAD_BLOCK} divides"
     elif dropout is not None and not starts_fit(dropout, batch=query.shape[0]):
@@ -135,7 +237,7 @@ def _check(
     key: Tensor,
     value: Tensor,
     mask: AttentionMask | None,
-    bias: Tensor | None,
+    bias: Tensor | RelativeBias | None,
     soft_cap: float | None,
 ) -> None:
     """Checks everything that `attention` takes.
@@ -160,7 +262,9 @@ def _check(
             came=num_key_heads,
             remedy="Choose num_key_value_heads so that it divides num_heads",
         )
-    if bias is not None:
+    if isinstance(bias, RelativeBias):
+        bias.check(num_heads=num_heads, like=query)
+    elif bias is not None:
         check_shape(
             bias,
             op=op,

@@ -8,7 +8,11 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from megaseq.kernels.attention.configs import FORWARD, OF_KEY, OF_QUERY
 from megaseq.kernels.attention.mask import AttentionMask
+from megaseq.kernels.attention.relative_bias import RelativeBias
+from megaseq.kernels.dropout import DropoutMask
+from megaseq.kernels.triton_runtime import Config
 
 
 @dataclass(frozen=True)
@@ -26,7 +30,20 @@ class AttentionCase:
     window: int | None = None
     packed: bool = False
     """Several segments and padding in each row; otherwise one segment and padding."""
+    segments: int = 0
+    """How many in each row; 0: two to four."""
     biased: bool = False
+    """With a bias [1, N, T, S]."""
+    table: tuple[int, int] | None = None
+    """(first distance, number of distances) of a relative bias."""
+    slopes: bool = False
+    """With a relative bias of slopes."""
+    scale: float | None = None
+    soft_cap: float | None = None
+    dropout_rate: float = 0.0
+    dropout_offset: int = 0
+    tile: tuple[int, int] = (64, 64)
+    """(BLOCK_M, BLOCK_N) of the kernels that the case is to run."""
 
     def tensors(self, *, dtype: torch.dtype = torch.float32, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
         """Query [B, T, N, H], key and value [B, S, M, H], wanting gradients; the same numbers in any dtype."""
@@ -46,6 +63,26 @@ class AttentionCase:
         shape = (1, self.num_heads, self.query_length, self.key_length)
         return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
 
+    def relative(self, *, dtype: torch.dtype = torch.float32, seed: int = 2) -> RelativeBias | None:
+        """A relative bias whose table wants a gradient, or None."""
+        if self.slopes:
+            return RelativeBias(slopes=torch.linspace(0.05, 0.8, self.num_heads, dtype=dtype))
+        if self.table is None:
+            return None
+        first, width = self.table
+        generator = torch.Generator().manual_seed(seed)
+        values = torch.randn(self.num_heads, width, generator=generator, dtype=torch.float64).to(dtype)
+        return RelativeBias(table=values.requires_grad_(), first=first)
+
+    def dropout(self) -> DropoutMask | None:
+        """The dropout of the call."""
+        return DropoutMask(self.dropout_rate, (7, 11, 13), self.dropout_offset) if self.dropout_rate else None
+
+    def configs(self) -> dict[str, Config]:
+        """What `triton_runtime.override` takes, for the case's tiles."""
+        config = Config({"BLOCK_M": self.tile[0], "BLOCK_N": self.tile[1]})
+        return dict.fromkeys((FORWARD, OF_QUERY, OF_KEY), config)
+
     def mask(self) -> AttentionMask:
         """The mask of the call, freshly made."""
         query_ids = self._segment_ids(self.query_length)
@@ -59,7 +96,7 @@ class AttentionCase:
         ids = torch.zeros(self.batch, length, dtype=torch.int64)
         for row in range(self.batch):
             real = length - row % 3
-            pieces = (2 + row % 3) if self.packed else 1
+            pieces = (self.segments or 2 + row % 3) if self.packed else 1
             bounds = [real * piece // pieces for piece in range(pieces + 1)]
             for number, (start, stop) in enumerate(pairwise(bounds), start=1):
                 ids[row, start:stop] = number
@@ -83,5 +120,139 @@ CASES = (
     AttentionCase("decode_step", batch=3, query_length=1, key_length=9),
     AttentionCase("wide_head", head_dim=96, num_heads=2, num_key_heads=2, packed=True),
 )
+FUSED_CASES = (
+    AttentionCase("table", table=(-3, 7), tile=(32, 32)),
+    AttentionCase(
+        "table_packed_causal",
+        table=(-9, 10),
+        packed=True,
+        causal=True,
+        query_length=75,
+        key_length=75,
+        num_heads=2,
+        num_key_heads=1,
+        tile=(32, 32),
+    ),
+    AttentionCase(
+        "table_far",
+        batch=1,
+        table=(-12, 20),
+        query_length=100,
+        key_length=130,
+        num_heads=2,
+        num_key_heads=2,
+        tile=(32, 32),
+    ),
+    AttentionCase(
+        "table_wide_tile",
+        batch=1,
+        table=(-20, 41),
+        query_length=150,
+        key_length=150,
+        num_heads=1,
+        num_key_heads=1,
+        tile=(64, 32),
+    ),
+    AttentionCase(
+        "table_long_tile",
+        batch=1,
+        table=(-20, 41),
+        query_length=150,
+        key_length=150,
+        num_heads=1,
+        num_key_heads=1,
+        tile=(32, 64),
+        packed=True,
+    ),
+    AttentionCase("table_not_around_zero", table=(5, 6), query_length=40, num_heads=2, num_key_heads=2, tile=(32, 32)),
+    AttentionCase(
+        "table_wider_than_row", table=(-40, 90), num_heads=2, num_key_heads=2, query_length=33, key_length=20
+    ),
+    AttentionCase("slopes", slopes=True, query_length=40, key_length=70, num_heads=2, num_key_heads=2, tile=(32, 32)),
+    AttentionCase(
+        "slopes_packed_causal",
+        slopes=True,
+        packed=True,
+        causal=True,
+        query_length=40,
+        key_length=40,
+        num_heads=2,
+        num_key_heads=2,
+    ),
+    AttentionCase("soft_cap", soft_cap=1.5, scale=0.6, packed=True),
+    AttentionCase("soft_cap_table", soft_cap=0.5, scale=2.0, table=(-3, 7), causal=True, num_heads=2, num_key_heads=2),
+    AttentionCase(
+        "dropout",
+        dropout_rate=0.3,
+        packed=True,
+        query_length=40,
+        key_length=70,
+        num_heads=2,
+        num_key_heads=2,
+        tile=(32, 32),
+    ),
+    # The number of the element leaves 32 bits within a row of weights.
+    AttentionCase(
+        "dropout_beyond_32_bits",
+        dropout_rate=0.5,
+        dropout_offset=2**32 - 1000,
+        num_heads=2,
+        query_length=20,
+        num_key_heads=1,
+        key_length=50,
+    ),
+    AttentionCase(
+        "t5",
+        table=(-9, 19),
+        scale=1.0,
+        dropout_rate=0.1,
+        packed=True,
+        query_length=70,
+        key_length=70,
+        num_heads=2,
+        num_key_heads=2,
+        tile=(32, 32),
+    ),
+    AttentionCase(
+        "many_segments",
+        batch=1,
+        packed=True,
+        causal=True,
+        query_length=128,
+        key_length=128,
+        num_heads=1,
+        num_key_heads=1,
+        tile=(32, 32),
+        segments=9,
+    ),
+    AttentionCase(
+        "far_window", batch=1, query_length=150, key_length=130, num_heads=1, num_key_heads=1, window=20, tile=(32, 32)
+    ),
+    AttentionCase(
+        "causal_more_keys",
+        batch=1,
+        query_length=40,
+        key_length=100,
+        num_heads=2,
+        num_key_heads=2,
+        causal=True,
+        tile=(32, 32),
+    ),
+    AttentionCase(
+        "causal_fewer_keys",
+        batch=1,
+        query_length=100,
+        key_length=40,
+        num_heads=2,
+        num_key_heads=2,
+        causal=True,
+        tile=(32, 32),
+    ),
+    AttentionCase("narrow_head", head_dim=5, num_heads=1, num_key_heads=1),
+    AttentionCase("head_80", head_dim=80, num_heads=1, num_key_heads=1),
+    AttentionCase("head_128", head_dim=128, num_heads=1, num_key_heads=1),
+    AttentionCase("head_256", head_dim=256, num_heads=1, num_key_heads=1),
+)
+"""What only the fused kernels and the reference compute, or compute in many tiles."""
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 3e-2}
 """Largest difference from the reference that a correct implementation shows at unit scale."""

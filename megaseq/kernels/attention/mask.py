@@ -7,6 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from megaseq.kernels.attention.ranges import SegmentRanges, segment_ranges
 from megaseq.kernels.attention.segments import SegmentPlan, plan_segments
 from megaseq.kernels.checks import check_shape, fail
 
@@ -76,6 +77,7 @@ class AttentionMask:
         self._additive: dict[tuple[int, int, torch.dtype], Tensor] = {}
         self._biased: tuple[Tensor, Tensor] | None = None
         self._shortcuts: dict[tuple[int, int], Shortcut | None] = {}
+        self._ranges: dict[tuple[int, int], SegmentRanges] = {}
         self._plan: object = _UNSET
 
     def check(self, *, batch: int, query_length: int, key_length: int) -> None:
@@ -158,6 +160,22 @@ class AttentionMask:
         if self._plan is _UNSET:
             self._plan = self._find_plan()
         return self._plan if isinstance(self._plan, SegmentPlan) else None
+
+    def ranges(self, *, query_length: int, key_length: int) -> SegmentRanges | None:
+        """The segments as kernels read them; None without any."""
+        query_ids, key_ids = self.query_segment_ids, self.key_segment_ids
+        # Ids on one side only mark padding: the other side, and all that is no padding, is one segment.
+        if query_ids is None and key_ids is not None:
+            key_ids = (key_ids != 0).to(torch.int32)
+            query_ids = key_ids.new_ones((key_ids.shape[0], query_length))
+        elif key_ids is None and query_ids is not None:
+            query_ids = (query_ids != 0).to(torch.int32)
+            key_ids = query_ids.new_ones((query_ids.shape[0], key_length))
+        if query_ids is None or key_ids is None:
+            return None
+        if (query_length, key_length) not in self._ranges:
+            self._ranges[(query_length, key_length)] = segment_ranges(query_ids, key_ids=key_ids)
+        return self._ranges[(query_length, key_length)]
 
     def _find_shortcut(self, query_length: int, key_length: int) -> Shortcut | None:
         tensors = (self.query_segment_ids, self.key_segment_ids, self.query_positions, self.key_positions)

@@ -40,18 +40,8 @@ def reference_attention(
     precise = torch.promote_types(query.dtype, torch.float32)
     # Autocast would make the products of scores and values less precise than the docstring says.
     with torch.autocast(query.device.type, enabled=False):
-        repeats = query.shape[2] // key.shape[2]
-        queries = query.transpose(1, 2).to(precise) * scale
-        keys = key.transpose(1, 2).to(precise)
-        values = value.transpose(1, 2).to(precise)
-        if repeats > 1:
-            keys = keys.repeat_interleave(repeats, dim=1)
-            values = values.repeat_interleave(repeats, dim=1)
-        scores = queries @ keys.transpose(-1, -2)
-        if soft_cap is not None:
-            scores = soft_cap * torch.tanh(scores / soft_cap)
-        if bias is not None:
-            scores = scores + bias.to(precise)
+        scores = _scores(query, key=key, bias=bias, scale=scale, soft_cap=soft_cap)
+        values = _of_query_heads(value, query=query)
         if allowed is None:
             weights = scores.softmax(dim=-1)
         else:
@@ -61,3 +51,38 @@ def reference_attention(
         if dropout_mask is not None:
             weights = dropout(weights, rate=dropout_mask.rate, key=dropout_mask.key, offset=dropout_mask.offset)
         return (weights @ values).transpose(1, 2).to(query.dtype)
+
+
+def reference_log_sum(
+    query: Tensor, *, key: Tensor, allowed: Tensor | None, bias: Tensor | None, scale: float, soft_cap: float | None
+) -> Tensor:
+    """The logarithm of the sum over the keys of exp(score), [B, N, T] in at least float32; arguments as above."""
+    with torch.autocast(query.device.type, enabled=False):
+        scores = _scores(query, key=key, bias=bias, scale=scale, soft_cap=soft_cap)
+        if scores.shape[3] == 0:
+            return scores.new_full(scores.shape[:3], float("-inf"))
+        if allowed is None:
+            return scores.logsumexp(dim=-1)
+        # Rows that see nothing are taken out before the sum, whose gradient would not be a number.
+        empty = ~allowed.any(dim=-1)
+        hidden = ~allowed & ~empty[..., None]
+        return scores.masked_fill(hidden, float("-inf")).logsumexp(dim=-1).masked_fill(empty, float("-inf"))
+
+
+def _scores(query: Tensor, *, key: Tensor, bias: Tensor | None, scale: float, soft_cap: float | None) -> Tensor:
+    """[B, N, T, S], before the mask."""
+    precise = torch.promote_types(query.dtype, torch.float32)
+    queries = query.transpose(1, 2).to(precise) * scale
+    scores = queries @ _of_query_heads(key, query=query).transpose(-1, -2)
+    if soft_cap is not None:
+        scores = soft_cap * torch.tanh(scores / soft_cap)
+    if bias is not None:
+        scores = scores + bias.to(precise)
+    return scores
+
+
+def _of_query_heads(tensor: Tensor, *, query: Tensor) -> Tensor:
+    """Keys or values [B, S, M, H] as [B, N, S, H] in at least float32."""
+    tensor = tensor.transpose(1, 2).to(torch.promote_types(query.dtype, torch.float32))
+    repeats = query.shape[2] // tensor.shape[1]
+    return tensor.repeat_interleave(repeats, dim=1) if repeats > 1 else tensor

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from megaseq.base import native
-from megaseq.kernels.attention import AttentionMask, attention, host
+from megaseq.kernels.attention import AttentionMask, RelativeBias, attention, attention_with_log_sum, host
 from megaseq.kernels.attention.cases import CASES, TOLERANCE, AttentionCase
 from megaseq.kernels.checks import KernelError
 from megaseq.kernels.dropout import DropoutMask
@@ -217,6 +217,67 @@ def test_gradcheck_of_reference_with_everything() -> None:
     assert torch.autograd.gradcheck(run_all, tensors)
 
 
+def test_gradcheck_of_reference_with_relative_bias() -> None:
+    case = AttentionCase("", query_length=4, key_length=6, num_heads=2, num_key_heads=1, head_dim=3, table=(-2, 4))
+    bias = case.relative(dtype=torch.float64)
+    assert bias is not None and bias.table is not None
+
+    def run_all(query: Tensor, key: Tensor, value: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
+        return attention_with_log_sum(
+            query,
+            key=key,
+            value=value,
+            mask=AttentionMask(causal=True),
+            bias=RelativeBias(table=table, first=-2),
+            soft_cap=2.0,
+            dropout=DropoutMask(0.3, (1, 2, 3)),
+        )
+
+    assert torch.autograd.gradcheck(run_all, (*case.tensors(dtype=torch.float64), bias.table))
+
+
+@pytest.mark.parametrize("kind", ["table", "slopes"])
+@pytest.mark.parametrize(("queries", "keys"), [(4, 6), (6, 4), (1, 1), (0, 3), (3, 0)])
+def test_relative_bias_of_every_pair(kind: str, queries: int, keys: int) -> None:
+    table, slopes = torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]]), torch.tensor([0.5, 0.25])
+    bias = RelativeBias(table=table, first=-1) if kind == "table" else RelativeBias(slopes=slopes)
+    found = bias.dense(query_length=queries, key_length=keys)
+    assert found.shape == (1, 2, queries, keys)
+    for n in range(2):
+        for t in range(queries):
+            for s in range(keys):
+                distance = s - t - (keys - queries)
+                want = -slopes[n] * abs(distance) if kind == "slopes" else table[n, min(max(distance, -1), 1) + 1]
+                assert found[0, n, t, s] == want
+    second = bias.of_heads(1, 2).dense(query_length=queries, key_length=keys)
+    assert torch.equal(second, found[:, 1:])
+    assert bias.dense(query_length=queries, key_length=keys) is found
+
+
+@pytest.mark.parametrize("implementation", ["reference", "sdpa", "auto"])
+def test_relative_bias_equals_its_dense_form(implementation: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MEGASEQ_KERNELS", implementation)
+    case = AttentionCase("", packed=True, query_length=9, key_length=9, table=(-3, 5))
+    query, key, value = case.tensors()
+    bias = case.relative()
+    assert bias is not None
+    dense = bias.dense(query_length=9, key_length=9)
+    found, want = (attention(query, key=key, value=value, mask=case.mask(), bias=given) for given in (bias, dense))
+    assert torch.equal(found, want)
+
+
+def test_log_sum_of_scores() -> None:
+    query, key, value = AttentionCase("", num_key_heads=2).tensors(dtype=torch.float64)
+    mask = AttentionMask(key_segment_ids=torch.tensor([[1] * 5 + [0] * 2, [0] * 7]))
+    output, log_sum = attention_with_log_sum(query, key=key, value=value, mask=mask, scale=0.3)
+    torch.testing.assert_close(output, attention(query, key=key, value=value, mask=mask, scale=0.3))
+    scores = torch.einsum("btnh,bsnh->bnts", query, key.repeat_interleave(2, dim=2)) * 0.3
+    torch.testing.assert_close(log_sum[0], scores[0, :, :, :5].logsumexp(-1))
+    assert (log_sum[1] == float("-inf")).all()
+    (gradient,) = torch.autograd.grad(log_sum[0].sum(), query)
+    assert torch.isfinite(gradient).all() and (gradient[1] == 0).all()
+
+
 def test_soft_cap_and_scale() -> None:
     query, key, value = AttentionCase("").tensors(dtype=torch.float64)
     found = attention(query, key=key, value=value, scale=0.3, soft_cap=0.8)
@@ -267,6 +328,10 @@ def test_strided_views_of_a_fused_projection(monkeypatch: pytest.MonkeyPatch) ->
         ({"key": torch.zeros(2, 7, 3, 16), "value": torch.zeros(2, 7, 3, 16)}, "divides the query's 4, but is 3"),
         ({"value": torch.zeros(2, 7, 4, 16, dtype=torch.float64)}, "value must have the dtype of query, torch.float32"),
         ({"bias": torch.zeros(1, 4, 7, 6)}, "bias must have shape"),
+        ({"bias": RelativeBias()}, "bias must have a table or slopes, but is neither"),
+        ({"bias": RelativeBias(table=torch.zeros(3, 5))}, r"bias.table must have shape \[N, W\] = \[4, any\]"),
+        ({"bias": RelativeBias(table=torch.zeros(4, 0))}, "bias.table must have a column"),
+        ({"bias": RelativeBias(slopes=torch.zeros(4, requires_grad=True))}, "bias.slopes must need no gradient"),
         ({"soft_cap": -1.0}, "soft_cap must be above 0, but is -1.0"),
         ({"mask": AttentionMask(key_segment_ids=torch.ones(2, 6, dtype=torch.int64))}, "mask.key_segment_ids"),
     ],
@@ -281,9 +346,9 @@ def test_what_does_not_fit_is_one_sentence(change: dict[str, object], words: str
 
 def test_request_that_cannot_run_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     query, key, value = AttentionCase("").tensors()
-    monkeypatch.setenv("MEGASEQ_KERNELS", "triton")
+    monkeypatch.setenv("MEGASEQ_KERNELS", "attention=triton")
     with pytest.raises(KernelError, match="attention: MEGASEQ_KERNELS must name an implementation that can run"):
-        attention(query, key=key, value=value)
+        attention(query, key=key, value=value, scale=-1.0)
     monkeypatch.setenv("MEGASEQ_KERNELS", "sdpa")
     with pytest.raises(KernelError, match="soft cap"):
         attention(query, key=key, value=value, soft_cap=3.0)

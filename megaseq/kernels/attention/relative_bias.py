@@ -1,0 +1,89 @@
+"""A bias of attention scores that is a function of how far apart query and key stand."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from megaseq.kernels.checks import check_device, check_floating, check_shape, fail
+
+
+@dataclass(frozen=True, eq=False)
+class RelativeBias:
+    """A bias for each head and distance: T5's (Raffel et al. 2020) as a table, ALiBi (Press et al. 2022) as slopes.
+
+    The distance is the key's place minus the query's, and the last query stands at the last key: query t of T and key s
+    of S are `s - t - (S - T)` apart. Give the same object to all layers of a stack: what `dense` returns is kept.
+    """
+
+    table: Tensor | None = None
+    """[N, W]: the biases of the W distances from `first` on; it may need a gradient. Distances beyond either end have
+    the bias of that end."""
+    first: int = 0
+    """Distance of the table's first column."""
+    slopes: Tensor | None = None
+    """[N]: in place of a table, minus slope times the distance's magnitude; fixed numbers, without gradient."""
+    _dense: dict[tuple[int, int], Tensor] = field(default_factory=dict, repr=False)
+
+    def check(self, *, num_heads: int, like: Tensor) -> None:
+        """Checks that the bias belongs to queries of `num_heads` heads on the device of `like`.
+
+        Raises:
+            KernelError: if it has both a table and slopes or neither, or one of another shape or kind.
+        """
+        op = "attention"
+        if (self.table is None) == (self.slopes is None):
+            came = "neither" if self.table is None else "both"
+            raise fail("bias", op=op, expected="have a table or slopes", came=came, remedy="Give one of them")
+        given, name = (self.slopes, "bias.slopes") if self.table is None else (self.table, "bias.table")
+        if given is None:
+            return
+        check_floating(given, op=op, argument=name)
+        check_device(given, op=op, argument=name, other=like, other_name="query")
+        if self.table is None:
+            check_shape(given, op=op, argument=name, shape=(num_heads,), legend="[N]")
+            if given.requires_grad:
+                raise fail(name, op=op, expected="need no gradient", came="trained", remedy="Give a table instead")
+            return
+        check_shape(given, op=op, argument=name, shape=(num_heads, None), legend="[N, W]")
+        if given.shape[1] == 0:
+            raise fail(name, op=op, expected="have a column", came=list(given.shape), remedy="Leave the bias out")
+
+    def of_heads(self, start: int, stop: int) -> RelativeBias:
+        """Returns the bias of the heads from `start` to before `stop`."""
+        table, slopes = (None if given is None else given[start:stop] for given in (self.table, self.slopes))
+        return RelativeBias(table=table, first=self.first, slopes=slopes)
+
+    def dense(self, *, query_length: int, key_length: int) -> Tensor:
+        """Returns the bias of every pair, [1, N, T, S], made at the first call."""
+        sizes = (query_length, key_length)
+        kept = self._dense.get(sizes)
+        if kept is None:
+            kept = self._dense[sizes] = self._make_dense(*sizes)
+        return kept
+
+    def _make_dense(self, query_length: int, key_length: int) -> Tensor:
+        values = self._by_distance(1 - key_length, query_length)
+        if query_length == 0 or key_length == 0:
+            # Of no element, and yet a function of the table.
+            return values.sum(dim=1)[None, :, None, None].expand(-1, -1, query_length, key_length)
+        # Windows of the T + S - 1 values are the rows, last query first.
+        return values.unfold(1, key_length, 1).flip(1).unsqueeze(0)
+
+    def _by_distance(self, start: int, stop: int) -> Tensor:
+        """The bias [N, stop - start] of the distances from `start` to before `stop`."""
+        stop = max(start, stop)
+        if self.slopes is not None:
+            distances = torch.arange(start, stop, device=self.slopes.device)
+            return -self.slopes[:, None] * distances.abs().to(self.slopes.dtype)
+        if self.table is None:
+            raise fail("bias", op="attention", expected="have a table or slopes", came="neither", remedy="Give one")
+        # Columns repeated and not gathered: that saves nothing for the backward pass, so a checkpointed layer may be
+        # the one that makes the bias.
+        last = self.first + self.table.shape[1]
+        before = max(0, min(stop, self.first) - start)
+        after = max(0, stop - max(start, last))
+        inner = self.table[:, max(0, start - self.first) : max(0, stop - self.first)]
+        return torch.cat([self.table[:, :1].expand(-1, before), inner, self.table[:, -1:].expand(-1, after)], dim=1)

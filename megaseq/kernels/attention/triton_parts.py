@@ -1,0 +1,191 @@
+"""What attention's kernels share: which tiles a program visits, the scores of a tile, the bits of dropout.
+
+Legend: m a query's place, n a key's, d = n - m - shift their distance; T queries, S keys, N query heads. Scores, maxima
+and sums are of base 2: exp2 is one instruction, and log2(e) is a part of factors that are there anyway.
+"""
+
+from __future__ import annotations
+
+from megaseq.kernels.dropout.reference import FIRST_MULTIPLIER, HIGH_STRIDE, SECOND_MULTIPLIER, STRIDE
+from megaseq.kernels.triton_runtime import tl, triton
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+LN_2 = tl.constexpr(0.6931471805599453)
+NEVER = tl.constexpr(1 << 30)
+TABLE_PAD = tl.constexpr(256)
+"""Columns that repeat each end of a table, so that no distance of a tile that touches it is outside."""
+_STRIDE = tl.constexpr(STRIDE)
+_FIRST = tl.constexpr(FIRST_MULTIPLIER)
+_SECOND = tl.constexpr(SECOND_MULTIPLIER)
+_HIGH = tl.constexpr(HIGH_STRIDE)
+
+
+@triton.jit
+def visible_tiles(
+    RANGES,
+    batch,
+    start,
+    rows,
+    columns,
+    shift,
+    low,
+    high,
+    BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    GRANULE: tl.constexpr,
+):
+    """Which tiles of `columns` the rows from `start` on see, as numbers of tiles: (first, first whole, end of the whole
+    ones, end). A column c and a row r see each other if low <= c - r - shift <= high and their segments are one; in a
+    whole tile that needs no proof for any pair, and all columns exist. Rows from `rows` on do not count."""
+    last = tl.minimum(start + BLOCK_R, rows) - 1
+    begin = tl.maximum(start + shift + low, 0)
+    end = tl.minimum(last + shift + high + 1, columns)
+    whole_begin = tl.maximum(last + shift + low, 0)
+    whole_end = tl.maximum(tl.minimum(start + shift + high + 1, columns), 0)
+    if RANGES is not None:
+        count = (rows + GRANULE - 1) // GRANULE
+        granule = start // GRANULE + tl.arange(0, BLOCK_R // GRANULE)
+        there = granule < count
+        place = RANGES + (batch * count + granule) * 4
+        begin = tl.maximum(begin, tl.min(tl.load(place, mask=there, other=NEVER), 0))
+        end = tl.minimum(end, tl.max(tl.load(place + 1, mask=there, other=0), 0))
+        whole_begin = tl.maximum(whole_begin, tl.max(tl.load(place + 2, mask=there, other=0), 0))
+        whole_end = tl.minimum(whole_end, tl.min(tl.load(place + 3, mask=there, other=NEVER), 0))
+    first = begin // BLOCK_C
+    stop = tl.maximum((tl.maximum(end, 0) + BLOCK_C - 1) // BLOCK_C, first)
+    whole = tl.minimum(tl.maximum((whole_begin + BLOCK_C - 1) // BLOCK_C, first), stop)
+    whole_stop = tl.minimum(tl.maximum(whole_end // BLOCK_C, whole), stop)
+    return first, whole, whole_stop, stop
+
+
+@triton.jit
+def near_tiles(start, shift, lowest, highest, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Which tiles of columns are near the rows from `start` on: (first, end). In those before, all c - r - shift are at
+    most `lowest`, in those from the end on at least `highest`."""
+    before = lowest + start + shift + 1 - BLOCK_C
+    near = tl.where(before >= 0, tl.maximum(before, 0) // BLOCK_C + 1, 0)
+    after = highest + start + BLOCK_R - 1 + shift
+    far = (tl.maximum(after, 0) + BLOCK_C - 1) // BLOCK_C
+    return near, tl.maximum(far, near)
+
+
+@triton.jit
+def load_tile(pointers, place, stop, column, HEAD: tl.constexpr, BLOCK_D: tl.constexpr, WHOLE: tl.constexpr):
+    """Rows of queries, keys or values [R, BLOCK_D]; zeros from row `stop` and from column HEAD on."""
+    if WHOLE and HEAD == BLOCK_D:
+        return tl.load(pointers)
+    if WHOLE:
+        return tl.load(pointers, mask=column[None, :] < HEAD, other=0.0)
+    if HEAD == BLOCK_D:
+        return tl.load(pointers, mask=place[:, None] < stop, other=0.0)
+    return tl.load(pointers, mask=(place[:, None] < stop) & (column[None, :] < HEAD), other=0.0)
+
+
+@triton.jit
+def tanh(x):
+    """tanh to a few ulp; the tools that run kernels on a host have none."""
+    size = tl.abs(x)
+    e = tl.exp2(size * (-2.0 * LOG2_E))
+    large = (1.0 - e) / (1.0 + e)
+    square = x * x
+    # The difference above loses digits near zero; a series does not.
+    small = x * (1.0 - square * (0.3333333333 - square * (0.1333333333 - square * 0.0539682540)))
+    return tl.where(size < 0.15, small, tl.where(x < 0, -large, large))
+
+
+@triton.jit
+def scores_of(
+    qk,
+    m,
+    n,
+    extra,
+    TABLE,
+    slope,
+    shift,
+    first,
+    width,
+    scale,
+    cap,
+    HAS_CAP: tl.constexpr,
+    HAS_SLOPES: tl.constexpr,
+    NEAR: tl.constexpr,
+    WHOLE: tl.constexpr,
+):
+    """The scores of a tile plus `extra`, and the soft cap's derivative.
+
+    Args as tensors that broadcast to the tile: m, n, extra. TABLE is the head's, at the column of distance 0. `scale`
+    makes base 2 of the products, or with a cap what tanh takes, and `cap` makes base 2 of what it returns.
+    """
+    bend = 1.0
+    if HAS_CAP:
+        bent = tanh(qk * scale)
+        bend = 1.0 - bent * bent
+        x = bent * cap + extra
+    else:
+        x = qk * scale + extra
+    if HAS_SLOPES:
+        # Differences of whole numbers below 2^24, which are exact.
+        x -= slope * tl.abs(n.to(tl.float32) - (m + shift).to(tl.float32))
+    if NEAR:
+        distance = n - (m + shift)
+        if not WHOLE:
+            # A tile at the edge of a segment may be any way off.
+            distance = tl.minimum(tl.maximum(distance, first), first + width - 1)
+        x += tl.load(TABLE + distance)
+    return x, bend
+
+
+@triton.jit
+def sees(m, n, query_ids, key_ids, shift, low, high, S, HAS_IDS: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr):
+    """Which pairs of a tile see each other; ids of pads differ from all others."""
+    allowed = query_ids == key_ids if HAS_IDS else n < S
+    if LOW:
+        allowed = allowed & (n - (m + shift) >= low)
+    if HIGH:
+        allowed = allowed & (n - (m + shift) <= high)
+    return allowed
+
+
+@triton.jit
+def _high_word(word):
+    word = (word ^ (word >> 16)).to(tl.uint32)
+    word = tl.mul(word, _FIRST, sanitize_overflow=False)
+    word = word ^ (word >> 13)
+    word = tl.mul(word, _SECOND, sanitize_overflow=False)
+    return word ^ (word >> 16)
+
+
+@triton.jit
+def dropout_rows(RUNS, row, there, S, key, offset, run_rows):
+    """What dropout's hashes need of rows [R] of weights, numbered among [B, N, T]: (low words, highest column whose low
+    word does not wrap, what the high word adds up to there and beyond), uint32 [R] each."""
+    key = key.to(tl.int64)
+    if RUNS is not None:
+        start = tl.load(RUNS + row // run_rows, mask=there, other=0) + (row % run_rows) * S
+    else:
+        start = offset + row * S
+    low = (start & 0xFFFFFFFF).to(tl.uint32)
+    high = tl.mul(((start >> 32) & 0xFFFFFFFF).to(tl.uint32), _HIGH, sanitize_overflow=False)
+    key_high = ((key >> 32) & 0xFFFFFFFF).to(tl.uint32)
+    key_low = (key & 0xFFFFFFFF).to(tl.uint32)
+    here = tl.add(high, key_high, sanitize_overflow=False)
+    beyond = tl.add(here, _HIGH, sanitize_overflow=False)
+    word = tl.add(tl.mul(low, _STRIDE, sanitize_overflow=False), key_low, sanitize_overflow=False)
+    return word, ~low, _high_word(here), _high_word(beyond)
+
+
+@triton.jit
+def kept_of(word, limit, here, beyond, n, threshold):
+    """Which weights of a tile dropout keeps; all but the threshold broadcast to it. The formula is in
+    megaseq/csrc/dropout.h."""
+    column = n.to(tl.uint32)
+    h = tl.add(word, tl.mul(column, _STRIDE, sanitize_overflow=False), sanitize_overflow=False)
+    h = h ^ (h >> 16)
+    h = tl.mul(h, _FIRST, sanitize_overflow=False)
+    h = h ^ tl.where(column > limit, beyond, here)
+    h = h ^ (h >> 13)
+    h = tl.mul(h, _SECOND, sanitize_overflow=False)
+    h = h ^ (h >> 16)
+    h = tl.mul(h, _HIGH, sanitize_overflow=False)
+    h = h ^ (h >> 15)
+    return h >= threshold
