@@ -10,10 +10,12 @@ from torch import Tensor
 
 from megaseq.base import native
 from megaseq.kernels.checks import check_floating, check_like, check_rate, check_shape, fail
-from megaseq.kernels.dispatch import choose
+from megaseq.kernels.dispatch import choose, requested
 from megaseq.kernels.dropout.host import host_keep_mask, host_keep_mask_of_runs, native_apply
 from megaseq.kernels.dropout.reference import keep_mask, keep_mask_of_runs, threshold_of
+from megaseq.kernels.dropout.triton_op import dropout_op
 from megaseq.kernels.functions import apply_one
+from megaseq.kernels.rows import unfit
 
 __all__ = ["DropoutKey", "DropoutMask", "Start", "dropout", "dropout_add", "mix_key"]
 
@@ -25,6 +27,7 @@ Start = int | Tensor
 the number of the first element of each of R runs of equal length, which one after the other are the tensor."""
 
 _WORD64 = 0xFFFFFFFFFFFFFFFF
+_SIGN = 1 << 63
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,7 +74,7 @@ def dropout(values: Tensor, *, rate: float, key: DropoutKey, offset: Start = 0) 
     _check_start(offset, op="dropout", values=values)
     if rate == 0.0:
         return values
-    return apply_one(_Dropout, values, None, DropoutMask(rate, key, offset))
+    return _run(values, residual=None, mask=DropoutMask(rate, key, offset))
 
 
 def dropout_add(values: Tensor, *, residual: Tensor, rate: float, key: DropoutKey, offset: Start = 0) -> Tensor:
@@ -97,7 +100,7 @@ def dropout_add(values: Tensor, *, residual: Tensor, rate: float, key: DropoutKe
     check_like(residual, op="dropout_add", argument="residual", other=values, other_name="values")
     if rate == 0.0:
         return residual + values
-    return apply_one(_Dropout, values, residual, DropoutMask(rate, key, offset))
+    return _run(values, residual=residual, mask=DropoutMask(rate, key, offset))
 
 
 def _check_start(offset: Start, *, op: str, values: Tensor) -> None:
@@ -120,51 +123,74 @@ def _check_start(offset: Start, *, op: str, values: Tensor) -> None:
         )
 
 
+def _run(values: Tensor, *, residual: Tensor | None, mask: DropoutMask) -> Tensor:
+    """`dropout`, plus the residual if there is one, by the implementation that is chosen; always new memory."""
+    # The extension is no part of a compiled graph, and not looked for where it is not wanted.
+    wanted = values.device.type == "cpu" and requested("dropout") != "triton"
+    extension = native.extension() if wanted else None
+    chosen = _choose(values, extended=extension is not None)
+    if chosen == "triton":
+        runs, start = (None, mask.offset) if isinstance(mask.offset, int) else (mask.offset, 0)
+        key = (mix_key(mask.key) ^ _SIGN) - _SIGN
+        scale = 1.0 / (1.0 - mask.rate)
+        result: Tensor = dropout_op(values, residual, runs, start, key, threshold_of(mask.rate), scale)
+        return result
+    return apply_one(_Dropout, values, residual, mask, extension if chosen == "native" else None)
+
+
+def _choose(values: Tensor, *, extended: bool) -> str:
+    """The implementation that runs on `values`; `extended` says whether the compiled extension can be called."""
+    impossible: dict[str, str] = {}
+    fits = values.device.type == "cpu" and values.dtype in (torch.float32, torch.bfloat16)
+    if not (extended and fits):
+        impossible["native"] = (
+            "the compiled extension is not there" if fits else "it takes float32 or bfloat16 in host memory"
+        )
+    unfit_for_triton = unfit(values)
+    if unfit_for_triton is not None:
+        impossible["triton"] = unfit_for_triton
+    automatic = "reference" if "native" in impossible else "native"
+    if values.device.type == "cuda" and unfit_for_triton is None:
+        automatic = "triton"
+    return choose("dropout", automatic=automatic, impossible=impossible)
+
+
 class _Dropout(torch.autograd.Function):
     """Applies the mask, and applies it again to the gradient: recomputing costs less than storing and reading it."""
 
     @staticmethod
-    def forward(ctx: Any, values: Tensor, residual: Tensor | None, mask: DropoutMask) -> Tensor:
-        ctx.mask = mask
-        dropped = _apply(values, mask=mask)
+    def forward(ctx: Any, values: Tensor, residual: Tensor | None, mask: DropoutMask, extension: Any) -> Tensor:
+        ctx.how = mask, extension
+        dropped = _apply(values, mask=mask, extension=extension)
         return dropped if residual is None else dropped.add_(residual)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         gradient = gradients[0]
-        of_values = apply_one(_GradientDropout, gradient, ctx.mask) if ctx.needs_input_grad[0] else None
+        of_values = apply_one(_GradientDropout, gradient, *ctx.how) if ctx.needs_input_grad[0] else None
         of_residual = gradient if ctx.needs_input_grad[1] else None
-        return of_values, of_residual, None
+        return of_values, of_residual, None, None
 
 
 class _GradientDropout(torch.autograd.Function):
     """The same linear map on the gradient, itself differentiable."""
 
     @staticmethod
-    def forward(ctx: Any, values: Tensor, mask: DropoutMask) -> Tensor:
-        ctx.mask = mask
-        return _apply(values, mask=mask)
+    def forward(ctx: Any, values: Tensor, mask: DropoutMask, extension: Any) -> Tensor:
+        ctx.how = mask, extension
+        return _apply(values, mask=mask, extension=extension)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        return apply_one(_GradientDropout, gradients[0], ctx.mask), None
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        return apply_one(_GradientDropout, gradients[0], *ctx.how), None, None
 
 
-def _apply(values: Tensor, *, mask: DropoutMask) -> Tensor:
-    """Values times the mask, by the implementation that is chosen; always new memory."""
-    on_cpu = values.device.type == "cpu"
-    fits = on_cpu and values.dtype in (torch.float32, torch.bfloat16)
-    extension = native.extension() if fits else None
-    impossible = {"triton": "its kernels are not part of this version"}
-    if extension is None:
-        impossible["native"] = (
-            "the compiled extension is not there" if fits else "it takes float32 or bfloat16 in host memory"
-        )
-    chosen = choose("dropout", automatic="reference" if extension is None else "native", impossible=impossible)
+def _apply(values: Tensor, *, mask: DropoutMask, extension: Any) -> Tensor:
+    """Values times the mask, by the compiled extension if it is given; always new memory."""
     values = values.contiguous()
     scale = 1.0 / (1.0 - mask.rate)
     key, threshold = mix_key(mask.key), threshold_of(mask.rate)
-    if chosen == "native":
+    if extension is not None:
         return native_apply(
             values.detach(), extension=extension, key=key, start=mask.offset, threshold=threshold, scale=scale
         )
