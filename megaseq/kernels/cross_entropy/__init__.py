@@ -7,9 +7,11 @@ from torch import Tensor
 
 from megaseq.kernels.checks import check_device, check_floating, check_like, check_shape, fail
 from megaseq.kernels.cross_entropy.chunked import chunked_cross_entropy
+from megaseq.kernels.cross_entropy.fused import fused_cross_entropy
 from megaseq.kernels.cross_entropy.reference import reference_cross_entropy
 from megaseq.kernels.cross_entropy.settings import CrossEntropy, LossSums, VocabularyShare
 from megaseq.kernels.dispatch import choose
+from megaseq.kernels.rows import unfit
 
 __all__ = ["CrossEntropy", "LossSums", "VocabularyShare", "linear_cross_entropy"]
 
@@ -50,16 +52,21 @@ def linear_cross_entropy(
     """
     settings = CrossEntropy() if settings is None else settings
     _check(hidden, weight=weight, labels=labels, weights=weights, bias=bias, settings=settings, vocabulary=vocabulary)
-    impossible = {"triton": "its kernels are not part of this version"}
+    impossible: dict[str, str] = {}
+    unfit_for_triton = unfit(hidden, weight, bias)
+    if unfit_for_triton is not None:
+        impossible["triton"] = unfit_for_triton
     if vocabulary is not None:
         impossible["reference"] = "it needs the whole vocabulary in one place"
-    chosen = choose("cross_entropy", automatic="chunked", impossible=impossible)
+    on_gpu = hidden.device.type == "cuda" and unfit_for_triton is None
+    chosen = choose("cross_entropy", automatic="triton" if on_gpu else "chunked", impossible=impossible)
     if chosen == "reference":
         kept = weights.nonzero()[:, 0]
         return reference_cross_entropy(
             hidden[kept], weight=weight, bias=bias, labels=labels[kept], weights=weights[kept], settings=settings
         )
-    return chunked_cross_entropy(
+    by_chunks = fused_cross_entropy if chosen == "triton" else chunked_cross_entropy
+    return by_chunks(
         hidden,
         weight=weight,
         bias=bias,
@@ -113,8 +120,8 @@ def _check(
         )
     if settings.chunk is not None and settings.chunk < 1:
         raise fail("chunk", op=_OP, expected="be at least 1", came=settings.chunk, remedy="Use None for automatic")
-    # In host memory the look costs nothing; on an accelerator it would wait for the device.
-    if labels.device.type == "cpu" and count:
+    # In host memory the look costs nothing; on an accelerator it would wait for the device, and a graph cannot look.
+    if labels.device.type == "cpu" and not torch.compiler.is_compiling() and count:
         num_classes = num_classes if vocabulary is None else vocabulary.size
         counted = torch.where(weights != 0, labels, labels.new_zeros(()))
         low, high = int(counted.min()), int(counted.max())
