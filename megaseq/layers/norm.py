@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from torch import Tensor, nn
-from torch.nn import functional
 
 from megaseq.base import FROM_PARENT
+from megaseq.kernels.norm import NormKind, norm
 from megaseq.layers.base import Layer
 from megaseq.layers.initializers import Constant
 from megaseq.layers.tokens import Tokens
@@ -58,7 +58,7 @@ class LayerNorm(Norm):
 
     def __init__(self, p: Params) -> None:
         super().__init__(p)
-        self.shape = (p.dim,)
+        self.kind = NormKind(p.eps, centred=True)
         self.weight = self.create_parameter("weight", shape=(p.dim,), axes=("model",), init=_ones())
         self.bias: nn.Parameter | None
         if p.bias:
@@ -69,10 +69,10 @@ class LayerNorm(Norm):
     def forward(self, x: Tensor, *, tokens: Tokens | None = None) -> Tensor:
         """Normalises `x` [..., D], which has `tokens`; returns [..., D]."""
         if self.ranks is None:
-            return functional.layer_norm(x, self.shape, self.weight, self.bias, self.params.eps)
+            return norm(x, weight=self.weight, bias=self.bias, kind=self.kind)
         weight = self.whole(self.weight, tokens=tokens)
         bias = None if self.bias is None else self.whole(self.bias, tokens=tokens)
-        return functional.layer_norm(x, self.shape, weight, bias, self.params.eps)
+        return norm(x, weight=weight, bias=bias, kind=self.kind)
 
 
 class RMSNorm(Norm):
@@ -88,16 +88,14 @@ class RMSNorm(Norm):
 
     def __init__(self, p: Params) -> None:
         super().__init__(p)
-        self.shape = (p.dim,)
+        self.kind = NormKind(p.eps, add_one=p.add_one)
         init = Constant.Params(value=0.0 if p.add_one else 1.0).instantiate()
         self.weight = self.create_parameter("weight", shape=(p.dim,), axes=("model",), init=init)
 
     def forward(self, x: Tensor, *, tokens: Tokens | None = None) -> Tensor:
         """Normalises `x` [..., D], which has `tokens`; returns [..., D]."""
         weight = self.weight if self.ranks is None else self.whole(self.weight, tokens=tokens)
-        weight = weight + 1.0 if self.params.add_one else weight
-        # Statistics are float32 inside; only with a weight of the input's dtype is the fused path taken.
-        return functional.rms_norm(x, self.shape, weight.to(x.dtype), self.params.eps)
+        return norm(x, weight=weight, kind=self.kind)
 
 
 def _ones() -> Constant:

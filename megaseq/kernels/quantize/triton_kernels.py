@@ -11,13 +11,14 @@ from megaseq.kernels.triton_runtime import tl, triton
 
 
 @triton.jit
-def _magnitudes(x):
+def magnitudes(x):
     """Largest magnitude of each row of a tile; infinite if a NaN is among them, which a maximum would drop."""
     return tl.max(tl.where(x == x, tl.abs(x), float("inf")), 1)
 
 
 @triton.jit
-def _scale_of(top, LARGEST: tl.constexpr, SMALLEST: tl.constexpr, POWER: tl.constexpr):
+def scale_of(top, LARGEST: tl.constexpr, SMALLEST: tl.constexpr, POWER: tl.constexpr):
+    """The scales of blocks with these largest magnitudes."""
     scale = tl.maximum(tl.div_rn(top, LARGEST), SMALLEST)
     if POWER:
         bits = (scale.to(tl.int32, bitcast=True) + 0x007FFFFF) & 0x7F800000
@@ -26,7 +27,7 @@ def _scale_of(top, LARGEST: tl.constexpr, SMALLEST: tl.constexpr, POWER: tl.cons
 
 
 @triton.jit
-def _rounded(x, inverse, finite, LARGEST: tl.constexpr, INTEGER: tl.constexpr):
+def rounded(x, inverse, finite, LARGEST: tl.constexpr, INTEGER: tl.constexpr):
     """The tile in units of its scales, on the grid of the format where that is the integers."""
     scaled = tl.minimum(tl.maximum(x * inverse[:, None], -LARGEST), LARGEST)
     if INTEGER:
@@ -68,9 +69,9 @@ def quantize_kernel(
         x = tl.load(x_ptr + rows[:, None] * stride_r + columns[None, :] * stride_c, mask=inside, other=0.0).to(
             tl.float32
         )
-        top = tl.maximum(top, _magnitudes(x))
+        top = tl.maximum(top, magnitudes(x))
     finite = top < float("inf")
-    scale = _scale_of(top, LARGEST, SMALLEST, POWER)
+    scale = scale_of(top, LARGEST, SMALLEST, POWER)
     inverse = tl.div_rn(1.0, scale)
     if not FAKE:
         tl.store(scales_ptr + rows * tl.num_programs(1) + number, tl.where(finite, scale, float("nan")), mask=in_rows)
@@ -81,7 +82,7 @@ def quantize_kernel(
             x = tl.load(x_ptr + rows[:, None] * stride_r + columns[None, :] * stride_c, mask=inside, other=0.0).to(
                 tl.float32
             )
-        y = _rounded(x, inverse, finite, LARGEST, INTEGER)
+        y = rounded(x, inverse, finite, LARGEST, INTEGER)
         if FAKE:
             if not INTEGER:
                 y = y.to(tl.float8e4nv).to(tl.float32)
