@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from torch import Tensor
 
 from megaseq.base import FROM_PARENT, REQUIRED
-from megaseq.layers.activations import ActivationName, activation
+from megaseq.kernels.activation import gated_activation
+from megaseq.layers.activations import ActivationName
 from megaseq.layers.base import inherit
 from megaseq.layers.branch import Branch
 from megaseq.layers.linear import Linear
@@ -47,7 +48,6 @@ class FeedForward(Branch):
         self.up: Linear = up.instantiate(axes=("hidden", "model"), parts=parts)
         down = inherit(p.down, input_dim=p.hidden_dim, output_dim=p.model_dim, bias=p.bias)
         self.down: Linear = down.instantiate(axes=("model", "hidden"))
-        self.activation = activation(p.activation)
         # (first, F) of the hidden units that are here, where tensor ranks share them.
         self.columns: tuple[int, int] | None = None
 
@@ -62,11 +62,7 @@ class FeedForward(Branch):
         """Maps the residual stream `x` [B, T, D] to the next [B, T, D]; `sight` says which tokens these are."""
         tokens = stream_of(sight)
         hidden = self.up(self.enter(x, tokens=tokens), tokens=tokens)
-        if self.params.gated:
-            gate, up = hidden.chunk(2, dim=-1)
-            hidden = self.activation(gate) * up
-        else:
-            hidden = self.activation(hidden)
+        hidden = gated_activation(hidden, name=self.params.activation, gated=self.params.gated)
         rate = self.params.activation_dropout
         hidden = self.drop(hidden, rate=rate, site=1, tokens=inner_of(sight), columns=self.columns)
         return self.leave(x, self.down(hidden, tokens=tokens), tokens=tokens)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from megaseq.base import FROM_PARENT
+from megaseq.kernels.rotary import rotate
 from megaseq.layers.base import Layer
 
 Rotation = tuple[Tensor, Tensor]
@@ -59,12 +60,5 @@ class Rotary(Layer):
 
     def forward(self, x: Tensor, *, rotation: Rotation) -> Tensor:
         """Turns `x` [B, T, N, H] by what `rotation` returned; returns [B, T, N, H]."""
-        cosines, sines = rotation[0].to(x.dtype), rotation[1].to(x.dtype)
-        turned = x[..., : self.width]
-        if self.params.layout == "half_split":
-            first, second = turned.chunk(2, dim=-1)
-            partner = torch.cat([-second, first], dim=-1)
-        else:
-            partner = torch.stack([-turned[..., 1::2], turned[..., 0::2]], dim=-1).flatten(-2)
-        turned = turned * cosines + partner * sines
-        return turned if self.width == x.shape[-1] else torch.cat([turned, x[..., self.width :]], dim=-1)
+        cosines, sines = rotation
+        return rotate(x, cosines=cosines, sines=sines, interleaved=self.params.layout == "interleaved")
