@@ -1,12 +1,18 @@
 """Layouts on this machine: tokens a second, bytes sent by axis, exposed communication; and what the engine costs.
 
-    python benchmarks/scaling.py
+    python benchmarks/scaling.py                         # about 5 minutes on 2 cores
+    python benchmarks/scaling.py --layouts data=2 tensor=2 --cpu-time
 
 Every layout trains the same model on the same batches with as many gloo processes as it needs; on few cores that shows
-what is sent and waited for, not a speed-up. Exposed is the time in which a rank did nothing but wait for a collective.
+what is sent and waited for, not a speed-up. Columns: tokens of all ranks a second; milliseconds of a step; of these,
+those in which a rank did nothing but wait for others (mean of the ranks), and their share; megabytes that a rank gives
+to collectives in a step, by axis. `data=2` sums gradients during the backward pass, `data=2, at the end` after it.
+
 Then two processes train the same model with our engine, with DistributedDataParallel and torch's fused AdamW, and with
-DeepSpeed's engine, in turn, a few steps each; the medians of CPU time a step are compared. Start-up is from starting
-the processes to the end of the first step.
+DeepSpeed's engine at ZeRO stage 1, in turn, a few steps each. The overhead of a round is the ratio of its mean steps;
+printed are the median of the rounds, and their quartiles. `--cpu-time` compares processor time instead of time, which
+others on the machine hardly change and in which waiting is free. Start-up is from starting two processes to the end of
+their first step.
 """
 
 from __future__ import annotations
@@ -28,6 +34,7 @@ from typing import Any
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "one process": (1, {}),
     "data=2": (2, {"data": 2}),
+    "data=2, at the end": (2, {"data": 2, "zero.overlap": False}),
     "data=2, ZeRO 1": (2, {"data": 2, "zero.stage": 1}),
     "data=2, ZeRO 2": (2, {"data": 2, "zero.stage": 2}),
     "data=2, ZeRO 3": (2, {"data": 2, "zero.stage": 3}),
@@ -41,6 +48,9 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "data=2 x tensor=2, ZeRO 1": (4, {"data": 2, "tensor": 2, "zero.stage": 1}),
 }
 SIDES = ("megaseq", "ddp", "megaseq zero1", "deepspeed zero1")
+PAIRS = (("megaseq", "ddp"), ("megaseq zero1", "deepspeed zero1"))
+"""Ours, and what it is compared with."""
+TIMEOUT_SECONDS = 600
 ROWS, LENGTH, VOCAB = 16, 64, 4000
 AXES = ("data", "tensor", "pipe", "context")
 START = "MEGASEQ_BENCHMARK_START"
@@ -51,43 +61,53 @@ def main() -> None:
     arguments = parse_arguments()
     if arguments.child:
         result = measure_sides(arguments) if arguments.child == "sides" else measure_layout(arguments)
-        if int(os.environ["RANK"]) == 0:
-            print("RESULT " + json.dumps(result), flush=True)
+        print("RESULT " + json.dumps(result), flush=True)
         leave()
         return
-    heading = (
-        "layout".ljust(28) + "tokens/s".rjust(10) + "step".rjust(10) + "exposed".rjust(10) + "  sent a step by axis"
-    )
-    print(heading, flush=True)
-    for name in arguments.layouts or LAYOUTS:
-        print_layout(name, spawn(name, processes=LAYOUTS[name][0], arguments=arguments))
-    sides = spawn("sides", processes=2, arguments=arguments)
-    print("\n2 processes, CPU time of a step, medians of rounds in turn")
-    for side in SIDES:
-        print(f"{side:28}{1e3 * sides['cpu'][side]:9.1f} ms   wall {1e3 * sides['wall'][side]:.1f} ms")
-    print(f"engine over DDP            {sides['over_ddp']:+10.1%}")
-    print(f"engine over DeepSpeed      {sides['over_deepspeed']:+10.1%}")
-    start = spawn("data=2", processes=2, arguments=arguments)["start"]
-    print(f"start-up, 2 processes      {start:9.1f} s")
+    begun = time.monotonic()
+    names = arguments.layouts or list(LAYOUTS)
+    clock = "CPU" if arguments.cpu_time else "wall"
+    print(f"{len(os.sched_getaffinity(0))} cores, {ROWS * 2 * LENGTH} tokens a step, steps in {clock} time")
+    heads = ("tokens/s".rjust(10), "step".rjust(10), "waiting".rjust(10), "exposed".rjust(10))
+    print("layout".ljust(27), *heads, "  MB a step and rank", sep="", flush=True)
+    start = 0.0
+    for number, name in enumerate(names):
+        progress(f"{number + 1}/{len(names) + 1}: {name}", begun=begun)
+        ranks = spawn(name, processes=LAYOUTS[name][0], arguments=arguments)
+        if name == "data=2":
+            start = max(rank["start"] for rank in ranks)
+        print_layout(name, ranks, cpu_time=arguments.cpu_time)
+    progress(f"{len(names) + 1}/{len(names) + 1}: beside DDP and DeepSpeed, {arguments.rounds} rounds", begun=begun)
+    print_sides(spawn("sides", processes=2, arguments=arguments)[0], cpu_time=arguments.cpu_time)
+    if not start:
+        start = max(rank["start"] for rank in spawn("data=2", processes=2, arguments=arguments))
+    print(f"start-up of 2 processes    {start:9.1f} s")
+    print(f"measured in                {(time.monotonic() - begun) / 60:9.1f} min")
 
 
 def parse_arguments() -> argparse.Namespace:
     """Reads the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=6, help="timed steps of a layout, and of a side in a round")
-    parser.add_argument("--rounds", type=int, default=8, help="of the sides in turn")
+    parser.add_argument("--rounds", type=int, default=10, help="of the sides in turn")
     parser.add_argument("--model-dim", type=int, default=256)
     parser.add_argument("--num-layers", type=int, default=3)
-    parser.add_argument("--layouts", nargs="+", choices=list(LAYOUTS), help="default: all")
+    parser.add_argument("--layouts", nargs="+", choices=list(LAYOUTS), metavar="NAME", help=f"of {list(LAYOUTS)}")
+    parser.add_argument("--cpu-time", action="store_true", help="compare processor time")
     parser.add_argument("--child", choices=["sides", *LAYOUTS], help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
-def spawn(name: str, *, processes: int, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Runs a child on so many processes and returns what its first rank measured."""
+def progress(text: str, *, begun: float) -> None:
+    """Says on stderr what is being measured."""
+    print(f"[{time.monotonic() - begun:4.0f} s] {text}", file=sys.stderr, flush=True)
+
+
+def spawn(name: str, *, processes: int, arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """Runs a child on so many processes and returns what each rank measured."""
     command = [sys.executable, __file__, "--child", name, "--steps", str(arguments.steps)]
     command += ["--rounds", str(arguments.rounds), "--model-dim", str(arguments.model_dim)]
-    command += ["--num-layers", str(arguments.num_layers)]
+    command += ["--num-layers", str(arguments.num_layers)] + ["--cpu-time"] * arguments.cpu_time
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -111,20 +131,40 @@ def spawn(name: str, *, processes: int, arguments: argparse.Namespace) -> dict[s
         )
         for rank in range(processes)
     ]
-    outputs = [child.communicate() for child in children]
-    for child, (_, errors) in zip(children, outputs, strict=True):
+    try:
+        outputs = [child.communicate(timeout=TIMEOUT_SECONDS) for child in children]
+    except subprocess.TimeoutExpired:
+        raise SystemExit(f"{name}: a rank did not end in {TIMEOUT_SECONDS} s") from None
+    finally:
+        for child in children:
+            child.kill()
+    for rank, (child, (_, errors)) in enumerate(zip(children, outputs, strict=True)):
         if child.returncode:
-            raise SystemExit(f"{name}: a rank ended with {child.returncode}\n{errors[-3000:]}")
-    line = next(line for line in outputs[0][0].splitlines() if line.startswith("RESULT "))
-    result: dict[str, Any] = json.loads(line.removeprefix("RESULT "))
-    return result
+            raise SystemExit(f"{name}: rank {rank} ended with {child.returncode}\n{errors[-3000:]}")
+    lines = [next(line for line in text.splitlines() if line.startswith("RESULT ")) for text, _ in outputs]
+    return [json.loads(line.removeprefix("RESULT ")) for line in lines]
 
 
-def print_layout(name: str, result: dict[str, Any]) -> None:
-    """Prints a row of the table."""
-    sent = ", ".join(f"{axis} {size / 1e6:.1f} MB" for axis, size in result["sent"].items()) or "nothing"
-    speed, step = ROWS * 2 * LENGTH / result["step"], 1e3 * result["step"]
-    print(f"{name:28}{speed:10.0f}{step:7.0f} ms{result['exposed']:10.0%}  {sent}", flush=True)
+def print_layout(name: str, ranks: list[dict[str, Any]], *, cpu_time: bool) -> None:
+    """Prints a row of the table: the slowest rank's step, and means of the ranks for what they wait and send."""
+    step = max(rank["cpu" if cpu_time else "step"] for rank in ranks)
+    waiting = statistics.mean(rank["waiting"] for rank in ranks)
+    exposed = statistics.mean(rank["waiting"] / rank["step"] for rank in ranks)
+    axes = dict.fromkeys(axis for rank in ranks for axis in rank["sent"])
+    sent = {axis: statistics.mean(rank["sent"].get(axis, 0.0) for rank in ranks) for axis in axes}
+    text = ", ".join(f"{axis} {size / 1e6:.1f}" for axis, size in sent.items()) or "nothing"
+    times = f"{ROWS * 2 * LENGTH / step:10.0f}{1e3 * step:7.0f} ms{1e3 * waiting:7.0f} ms{exposed:10.0%}"
+    print(f"{name:27}{times}  {text}", flush=True)
+
+
+def print_sides(sides: dict[str, Any], *, cpu_time: bool) -> None:
+    """Prints the steps of all sides and what our engine costs over the others."""
+    print(f"\n2 processes, {'CPU' if cpu_time else 'wall'} time of a step, {sides['rounds']} rounds in turn")
+    for side in SIDES:
+        print(f"{side:27}{1e3 * sides['step'][side]:9.1f} ms")
+    for ours, theirs in PAIRS:
+        low, median, high = sides["over"][theirs]
+        print(f"{f'{ours} over {theirs}':33}{median:+6.1%}  (half of the rounds {low:+.1%} to {high:+.1%})")
 
 
 # ---- in the children ----
@@ -290,7 +330,7 @@ class Waited:
 
 
 def measure_layout(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Trains on one layout; returns the seconds of a step, what is sent, and which share of the time is waiting."""
+    """Trains on one layout; returns of a step the seconds, what is sent and how long is waited, and the start-up."""
     traffic = Traffic()
     with traffic.counted():
         engine = make_engine(arguments, parallel=LAYOUTS[arguments.child][1])
@@ -299,12 +339,17 @@ def measure_layout(arguments: argparse.Namespace) -> dict[str, Any]:
         start = time.time() - float(os.environ[START])
         engine.train_step(batch, step=1)
         traffic.begin(engine.mesh)
-        before = time.perf_counter()
+        before = time.perf_counter(), time.process_time()
         for step in range(arguments.steps):
             engine.train_step(batch, step=2 + step)
-        seconds = time.perf_counter() - before
-    sent = {axis: size / arguments.steps for axis, size in traffic.sent.items()}
-    return {"step": seconds / arguments.steps, "sent": sent, "exposed": traffic.waited / seconds, "start": start}
+        after = time.perf_counter(), time.process_time()
+    return {
+        "step": (after[0] - before[0]) / arguments.steps,
+        "cpu": (after[1] - before[1]) / arguments.steps,
+        "sent": {axis: size / arguments.steps for axis, size in traffic.sent.items()},
+        "waiting": traffic.waited / arguments.steps,
+        "start": start,
+    }
 
 
 def make_ddp(arguments: argparse.Namespace) -> Callable[[Any, int], None]:
@@ -375,7 +420,7 @@ def make_module(arguments: argparse.Namespace) -> Any:
 
 
 def measure_sides(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Trains with all sides in turn; returns the medians of CPU and wall seconds of a step, and the overheads."""
+    """Trains with all sides in turn; returns the median of a step's seconds, and quartiles of the overheads."""
     import torch.distributed as dist
 
     ours = make_engine(arguments, parallel={"data": 2})
@@ -387,24 +432,28 @@ def measure_sides(arguments: argparse.Namespace) -> dict[str, Any]:
         "deepspeed zero1": make_deepspeed(arguments),
     }
     batch = make_batch(ours.mesh)
-    cpu: dict[str, list[float]] = defaultdict(list)
-    wall: dict[str, list[float]] = defaultdict(list)
+    clock = time.process_time if arguments.cpu_time else time.perf_counter
+    seconds: dict[str, list[float]] = defaultdict(list)
     for number in range(arguments.rounds + 1):
-        for side in SIDES:
+        # Who comes after whom changes, as what one leaves in the caches is the next one's cost.
+        for side in SIDES if number % 2 else reversed(SIDES):
             dist.barrier()
+            before = clock()
             for _ in range(arguments.steps):
-                times = time.process_time(), time.perf_counter()
                 steps[side](batch, number)
-                if number:  # the first round warms up
-                    cpu[side].append(time.process_time() - times[0])
-                    wall[side].append(time.perf_counter() - times[1])
-    median = {side: statistics.median(cpu[side]) for side in SIDES}
-    return {
-        "cpu": median,
-        "wall": {side: statistics.median(wall[side]) for side in SIDES},
-        "over_ddp": median["megaseq"] / median["ddp"] - 1,
-        "over_deepspeed": median["megaseq zero1"] / median["deepspeed zero1"] - 1,
+            if number:  # the first round warms up
+                seconds[side].append((clock() - before) / arguments.steps)
+    over = {
+        theirs: quartiles([a / b - 1 for a, b in zip(seconds[ours_], seconds[theirs], strict=True)])
+        for ours_, theirs in PAIRS
     }
+    median = {side: statistics.median(seconds[side]) for side in SIDES}
+    return {"step": median, "over": over, "rounds": arguments.rounds}
+
+
+def quartiles(values: list[float]) -> list[float]:
+    """Returns the lower quartile, the median and the upper quartile."""
+    return statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
 
 
 def leave() -> None:

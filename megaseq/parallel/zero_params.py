@@ -22,9 +22,10 @@ class Zero(Configurable):
         nvme_path: str = ""
         """Directory on a local disk, for `nvme`."""
         bucket_elements: int = 50_000_000
-        """Gradients that are reduced together, in elements."""
-        overlap: bool = False
-        """Whether gradients are reduced while the backward pass goes on."""
+        """Gradients that are reduced together, in elements; stage 0 with overlap makes at least about eight buckets."""
+        overlap: bool | None = None
+        """Whether gradients are reduced, bucket by bucket, while the backward pass goes on; null: in stage 0, where it
+        costs nothing."""
         persistence_elements: int = 100_000
         """Stage 3: smaller parameters are kept whole."""
         prefetch_elements: int = 50_000_000

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterable
 from typing import Literal
 
 import torch
@@ -59,6 +60,7 @@ class MasterWeights:
         """What the learner owns, by parameter name."""
         self._low: list[torch.Tensor] = []
         self._high: list[torch.Tensor] = []
+        self._pairs: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
         if precision != "bf16":
             return
         for name, parameter in low_precision_parameters(module).items():
@@ -68,6 +70,7 @@ class MasterWeights:
             parameter.data = parameter.data.to(torch.bfloat16)
             self._low.append(parameter)
             self._high.append(master)
+            self._pairs[name] = (parameter, master)
 
     @torch.no_grad()
     def publish(self) -> None:
@@ -76,13 +79,18 @@ class MasterWeights:
             torch._foreach_copy_(self._low, self._high)
 
     @torch.no_grad()
-    def collect_gradients(self, *, first: bool) -> None:
+    def collect_gradients(self, *, first: bool, names: Iterable[str] | None = None) -> None:
         """Moves the compute weights' gradients to the masters, adding in fp32 unless `first`.
 
         Sums over micro-batches in bf16 would lose the small ones.
+
+        Args:
+            first: whether what the masters have is of an earlier step.
+            names: of the parameters; None: all.
         """
         lows, highs = [], []
-        for parameter, master in zip(self._low, self._high, strict=True):
+        pairs = self._pairs.values() if names is None else [self._pairs[name] for name in names if name in self._pairs]
+        for parameter, master in pairs:
             if parameter.grad is None:
                 continue
             if first or master.grad is None:

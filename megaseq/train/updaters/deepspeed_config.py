@@ -36,7 +36,7 @@ def _zero(zero: Zero.Params) -> dict[str, Any]:
         "stage": zero.stage,
         "reduce_bucket_size": zero.bucket_elements,
         "allgather_bucket_size": zero.bucket_elements + zero.bucket_elements % 2,
-        "overlap_comm": zero.overlap,
+        "overlap_comm": bool(zero.overlap),
         "contiguous_gradients": True,
     }
     if zero.offload_optimizer != "none":

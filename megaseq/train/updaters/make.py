@@ -40,6 +40,7 @@ def make_updater(
             precision=precision,
             mesh=mesh,
             bucket_elements=parallel.zero.bucket_elements,
+            overlap=parallel.zero.overlap is not False,
         )
     _check_zero(learner_params, parallel=parallel)
     from megaseq.train.updaters.zero import Zero

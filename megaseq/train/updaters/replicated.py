@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from megaseq.base import NestedMap
 from megaseq.checkpoint.piece import Piece, shard_pieces, whole_piece
 from megaseq.learner import Learner
 from megaseq.learner.learner import UpdateStats
+from megaseq.parallel.gradient_sums import GradientSums, overlapped_bucket
 from megaseq.parallel.gradients import (
     counted_boxes,
     counted_views,
     is_expert,
     names_of_all_stages,
     squared_norm_reduction,
-    sum_over,
 )
 from megaseq.parallel.mesh import Mesh
 from megaseq.parallel.pipeline import TiedTensors
@@ -43,6 +44,7 @@ class Replicated:
         precision: Precision,
         mesh: Mesh | None,
         bucket_elements: int,
+        overlap: bool = True,
     ) -> None:
         """Makes the masters and the learner.
 
@@ -52,6 +54,8 @@ class Replicated:
             precision: of the weights that the task computes with.
             mesh: None is one process.
             bucket_elements: of gradients that are summed together.
+            overlap: whether a bucket is sent while the last backward pass of a step goes on. Stages of a pipeline send
+                when they are done, which most of them are before others.
         """
         self._task = task
         self._mesh = mesh
@@ -68,6 +72,41 @@ class Replicated:
             counted=None if all(counted is None for counted in boxes.values()) else counted_views(boxes),
             known=names_of_all_stages(list(parameters), mesh=mesh),
         )
+        self._first = True
+        """Whether the backward pass that goes on is the first of its step."""
+        self._sums: list[GradientSums] = []
+        if mesh is not None:
+            names = [name for name in self.learner.trainable if name not in self._experts]
+            experts = [name for name in self.learner.trainable if name in self._experts]
+            for own, group in (
+                (names, mesh.group("data", "context")),
+                (experts, mesh.group("expert_data", "context")),
+            ):
+                if own and group is not None:
+                    watched = {name: parameters[name] for name in own} if overlap and mesh.size("pipe") == 1 else {}
+                    self._sums.append(self._make_sums(own, group=group, watched=watched))
+
+    def _make_sums(
+        self, names: Sequence[str], *, group: dist.ProcessGroup, watched: Mapping[str, Tensor]
+    ) -> GradientSums:
+        """Returns what sums gradients over the ranks that saw other rows or tokens.
+
+        Args:
+            names: of the parameters.
+            group: these ranks.
+            watched: the same parameters as the task computes with, if sums begin in the backward pass.
+        """
+        tensors = {name: self.learner.trainable[name] for name in names}
+        size = self._bucket_elements
+        if watched:
+            size = overlapped_bucket(sum(t.numel() for t in tensors.values()), bucket_elements=size)
+        sums = GradientSums(tensors, group=group, bucket_elements=size, collect=self._collect_gradients)
+        if watched:
+            sums.watch(watched)
+        return sums
+
+    def _collect_gradients(self, names: Sequence[str]) -> None:
+        self._weights.collect_gradients(first=self._first, names=[name.removeprefix(PREFIX) for name in names])
 
     def compute_loss(self, batch: NestedMap) -> LossOutput:
         """See `Updater.compute_loss`."""
@@ -75,6 +114,10 @@ class Replicated:
 
     def backward(self, loss: Tensor, *, first: bool, last: bool) -> None:
         """See `Updater.backward`."""
+        self._first = first
+        if last:
+            for sums in self._sums:
+                sums.begin()
         loss.backward()  # type: ignore[no-untyped-call]
         self._weights.collect_gradients(first=first)
 
@@ -94,17 +137,14 @@ class Replicated:
         return stats
 
     def _sum_gradients(self) -> None:
-        """Sums over the ranks that saw other rows or tokens; a rank on which a parameter had no part gives zeros."""
+        """Sums over ranks what is not summed yet; a rank on which a parameter had no part gives zeros."""
         if self._mesh is None:
             return
-        dense: list[Tensor] = []
-        experts: list[Tensor] = []
-        for name, master in self.learner.trainable.items():
+        for sums in self._sums:
+            sums.finish()
+        for master in self.learner.trainable.values():
             if master.grad is None:
                 master.grad = torch.zeros_like(master)
-            (experts if name in self._experts else dense).append(master.grad)
-        sum_over(dense, group=self._mesh.group("data", "context"), bucket_elements=self._bucket_elements)
-        sum_over(experts, group=self._mesh.group("expert_data", "context"), bucket_elements=self._bucket_elements)
         gradients = {name: master.grad for name, master in self.learner.trainable.items() if master.grad is not None}
         self._tied.sum(gradients, bucket_elements=self._bucket_elements)
 
