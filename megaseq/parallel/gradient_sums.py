@@ -65,7 +65,7 @@ class GradientSums:
         names = {id(tensor): name for name, tensor in tensors.items()}
         self._buckets = [
             _Bucket(tuple(names[id(tensor)] for tensor in bucket))
-            for bucket in buckets_of(list(reversed(tensors.values())), bucket_elements=bucket_elements)
+            for bucket in buckets_of(list(tensors.values())[::-1], bucket_elements=bucket_elements)
         ]
         self._bucket_of = {name: bucket for bucket in self._buckets for name in bucket.names}
         self._order = list(self._buckets)
