@@ -220,13 +220,27 @@ class Team:
         """Returns the JSON values of all ranks, on each of them, by rank."""
         if not self._in_group:
             return [value]
+        sizes, data = self._as_bytes(value)
+        padded = [torch.zeros_like(data) for _ in range(self.world_size)]
+        dist.all_gather(padded, data)
+        return _values(padded, sizes=sizes)
+
+    def gather_to_first(self, value: Any) -> list[Any]:
+        """Returns the JSON values of all ranks, by rank, on the first; on the others an empty list."""
+        if not self._in_group:
+            return [value]
+        sizes, data = self._as_bytes(value)
+        padded = [torch.zeros_like(data) for _ in range(self.world_size)] if self.is_first else None
+        dist.gather(data, padded, dst=0)
+        return [] if padded is None else _values(padded, sizes=sizes)
+
+    def _as_bytes(self, value: Any) -> tuple[list[int], torch.Tensor]:
+        """Returns the lengths of all ranks' values, and this rank's, padded to the longest."""
         data = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
         sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.world_size)]
         dist.all_gather(sizes, torch.tensor([len(data)]))
-        longest = max(int(size) for size in sizes)
-        padded = [torch.zeros(longest, dtype=torch.uint8) for _ in range(self.world_size)]
-        dist.all_gather(padded, torch.nn.functional.pad(data, (0, longest - len(data))))
-        return [json.loads(row[: int(size)].numpy().tobytes()) for row, size in zip(padded, sizes, strict=True)]
+        lengths = [int(size) for size in sizes]
+        return lengths, torch.nn.functional.pad(data, (0, max(lengths) - len(data)))
 
     def share(self, value: Any) -> Any:
         """Returns the JSON value of rank 0; what the others give is not read."""
@@ -271,6 +285,10 @@ class Team:
     def hosts(self) -> list[str]:
         """Returns the host name of every rank."""
         return [str(host) for host in self.gather(socket.gethostname())]
+
+
+def _values(padded: Sequence[torch.Tensor], *, sizes: Sequence[int]) -> list[Any]:
+    return [json.loads(row[:size].numpy().tobytes()) for row, size in zip(padded, sizes, strict=True)]
 
 
 class Vote:

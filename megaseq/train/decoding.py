@@ -96,15 +96,20 @@ def decode_texts(
         batch_tokens: source cells, padding included, of one batch; samples do not depend on it.
         first_key: index of the first text in the corpus; another index draws other samples.
         keep_going: asked before each batch; False ends early, the rest get no hypothesis.
-        spread: which batches are this rank's; all ranks return all hypotheses.
+        spread: which batches are this rank's.
 
     Returns:
-        For each text its n best hypotheses, best first, as detokenised text.
+        For each text its n best hypotheses, best first, as detokenised text; of several ranks the first one has them.
     """
     device = next(task.parameters()).device
     rows = [[*map(int, ids), vocabulary.source.eos_id] for ids in vocabulary.source.encode_batch(list(texts))]
     decoded: list[list[TextHypothesis]] = [[] for _ in texts]
-    groups = _batches([len(row) for row in rows], batch_tokens=batch_tokens)
+    lengths = [len(row) for row in rows]
+    groups = _batches(lengths, batch_tokens=batch_tokens)
+    # Few texts are dealt out in smaller batches, so that every rank has some of them.
+    while len(groups) < min(len(rows), spread.decoding_ranks):
+        batch_tokens //= 2
+        groups = _batches(lengths, batch_tokens=batch_tokens)
 
     def decode(group: list[int] | None) -> list[list[Hypothesis]]:
         if group is None:
@@ -136,13 +141,20 @@ def decode_set(
     keep_going: Callable[[], bool] = lambda: True,
     spread: Spread = ALONE,
 ) -> DecodedSet:
-    """Decodes and scores a data set; the scores are empty where it was ended early."""
+    """Decodes and scores a data set; the scores are empty where it was ended early.
+
+    Of several ranks all return the scores, and the first one the hypotheses.
+    """
     hypotheses = decode_texts(
         task, texts=sources, vocabulary=vocabulary, search=search, keep_going=keep_going, spread=spread
     )
     decoded = DecodedSet(sources=list(sources), references=list(references), hypotheses=hypotheses, scores={})
     if keep_going():
-        decoded.scores.update(corpus_scores(hypotheses=decoded.outputs, references=decoded.references))
+        own: dict[str, Score] = {}
+        if spread.is_first:
+            own = corpus_scores(hypotheses=decoded.outputs, references=decoded.references)
+        shared = spread.share({key: score.as_dict() for key, score in own.items()})
+        decoded.scores.update({key: Score(**fields) for key, fields in shared.items()})
     return decoded
 
 

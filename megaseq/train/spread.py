@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
 from megaseq.parallel.gradients import all_reduce_sum
-from megaseq.parallel.layout import Parallel
 from megaseq.parallel.mesh import Mesh
 from megaseq.parallel.process import Team
 
@@ -19,13 +18,15 @@ Sums = Mapping[str, tuple[float, float]]
 
 @dataclass(frozen=True)
 class Spread:
-    """Which part of the work is this rank's, and how the parts come together again; one process has it all."""
+    """Which part of the work is this rank's, and how the parts come together again; one process has it all.
+
+    Every data rank decodes texts of its own: none of its forward passes waits for another data rank. Under ZeRO stage 3
+    that is so because `Engine.evaluating` gathers all parameters. Ranks that share matrices, stages or tokens have the
+    same texts and take the same steps; so do those that share experts, whose tokens travel.
+    """
 
     mesh: Mesh | None = None
     team: Team | None = None
-    decodes_apart: bool = True
-    """Whether data ranks decode different texts. Not under ZeRO stage 3, where a forward pass of one needs all; ranks
-    that share experts decode the same texts as each other in any case."""
     device: torch.device | str = "cpu"
 
     @property
@@ -38,28 +39,43 @@ class Spread:
         """Among how many."""
         return 1 if self.mesh is None else self.mesh.size("data")
 
+    @property
+    def decoding_ranks(self) -> int:
+        """Among how many texts are dealt out: data ranks, of which those that share experts count once."""
+        return 1 if self.mesh is None else self.mesh.size("expert_data")
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this rank has all results in the end."""
+        return self.team is None or self.team.is_first
+
     def deal(self, items: Sequence[Item]) -> list[Item | None]:
         """Returns this rank's items, one of each round, and None in a last round that has none left for it.
 
         All ranks get equally many, so that what they ask each other in each round never waits for one that is done.
         """
-        if not self.decodes_apart:
-            return list(items)
-        # Ranks that share experts take the same steps, so that none waits for one that is done.
-        rank, ranks = (0, 1) if self.mesh is None else (self.mesh.index("expert_data"), self.mesh.size("expert_data"))
+        rank, ranks = (0 if self.mesh is None else self.mesh.index("expert_data")), self.decoding_ranks
         rounds = -(-len(items) // ranks)
         places = range(rank, rounds * ranks, ranks)
         return [items[place] if place < len(items) else None for place in places]
 
     def collect(self, found: Mapping[int, list[tuple[str, float, float]]]) -> dict[int, list[tuple[str, float, float]]]:
-        """Returns what all ranks have found, by the index of the text; of ranks with the same, it is the first's."""
-        if self.team is None or not self.decodes_apart or self.data_ranks == 1:
+        """Returns what all ranks have found, by the index of the text, on the first rank; elsewhere nothing."""
+        if self.team is None or self.team.world_size == 1:
             return dict(found)
-        merged: dict[int, list[tuple[str, float, float]]] = {}
-        for row in self.team.gather({str(index): hypotheses for index, hypotheses in found.items()}):
-            for index, hypotheses in row.items():
-                merged.setdefault(int(index), [(text, score, logprob) for text, score, logprob in hypotheses])
-        return merged
+        # Of ranks that have decoded the same, one tells.
+        shared = ("expert", "pipe", "context", "tensor")
+        tells = self.mesh is None or not any(self.mesh.index(axis) for axis in shared)
+        rows = self.team.gather_to_first({str(index): best for index, best in found.items()} if tells else {})
+        return {
+            int(index): [(text, score, logprob) for text, score, logprob in best]
+            for row in rows
+            for index, best in row.items()
+        }
+
+    def share(self, value: Any) -> Any:
+        """Returns the JSON value of the first rank on all of them."""
+        return value if self.team is None else self.team.share(value)
 
     def add_up(self, sums: Sums) -> dict[str, tuple[float, float]]:
         """Returns the (sum, weight) pairs of all data and context ranks together."""
@@ -73,8 +89,3 @@ class Spread:
 
 ALONE = Spread()
 """Of one process."""
-
-
-def spread_over(mesh: Mesh, *, params: Parallel.Params, team: Team, device: torch.device) -> Spread:
-    """Returns how the ranks of a run share the work on its evaluation inputs."""
-    return Spread(mesh=mesh, team=team, decodes_apart=params.zero.stage < 3, device=device)

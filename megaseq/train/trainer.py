@@ -28,7 +28,7 @@ from megaseq.train.ranks import begin, placement
 from megaseq.train.run_dir import RunDirectory, write_atomically
 from megaseq.train.saving import Position, Saver
 from megaseq.train.signals import Interrupted, StopSignals
-from megaseq.train.spread import spread_over
+from megaseq.train.spread import Spread
 from megaseq.train.tracking import Callback, Callbacks, RunFacts
 from megaseq.train.tracking.git import git_state
 from megaseq.train.validation import Validation
@@ -144,7 +144,7 @@ class Trainer:
     def _set_up(self) -> None:
         p = self.params
         cache = parts.cache_dir(p, run_dir=self.run_dir.path)
-        spread = spread_over(self.mesh, params=p.parallel, team=self.team, device=self._device)
+        spread = Spread(mesh=self.mesh, team=self.team, device=self._device)
         with self.team.watchdog.paused("reading the data"):
             self.vocabulary = self._open_vocabulary(cache)
             self.data: Input = parts.train_input(
