@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import hashlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -34,6 +37,28 @@ class StepContext:
     """From one row that the forward pass has to the next, in the numbers of the global batch: data-parallel ranks."""
     auxiliary: list[AuxiliaryLoss] | None = None
     """Layers put here what they add to the loss of the forward pass that is going on; None: nobody wants to know."""
+
+
+_WITHOUT_MEMORY = contextvars.ContextVar("megaseq_parameters_without_memory", default=False)
+
+
+@contextlib.contextmanager
+def parameters_without_memory() -> Iterator[None]:
+    """Within the context new parameters have a shape and one element of memory.
+
+    They can be given memory on any device later, by setting their `data`; before, they are not to be read or written.
+    """
+    token = _WITHOUT_MEMORY.set(True)
+    try:
+        yield
+    finally:
+        _WITHOUT_MEMORY.reset(token)
+
+
+def _uninitialized(shape: tuple[int, ...]) -> Tensor:
+    if _WITHOUT_MEMORY.get():
+        return torch.empty((), dtype=torch.float32).expand(shape)
+    return torch.empty(shape, dtype=torch.float32)
 
 
 def stable_hash(text: str) -> int:
@@ -95,7 +120,7 @@ class Layer(nn.Module, Configurable):
             raise must(name, f"have parts that add up to {shape[0]}", parts, "Correct the parts", kind=ParamsError)
         if part_inits and len(part_inits) != len(parts):
             raise must(name, f"have an initialiser for each of {len(parts)} parts", len(part_inits), "Give one each")
-        parameter = nn.Parameter(torch.empty(shape, dtype=torch.float32))
+        parameter = nn.Parameter(_uninitialized(shape))
         spec = ParameterSpec(shape=shape, axes=axes, init=init, parts=parts, part_inits=part_inits, granule=granule)
         parameter.spec = spec  # type: ignore[attr-defined]
         self.register_parameter(name, parameter)
@@ -187,25 +212,43 @@ def initialize(module: nn.Module, *, seed: int, prefix: str = "task") -> None:
     Raises:
         ParamsError: a parameter without a spec.
     """
-    generator = torch.Generator()
     with torch.no_grad():
         for name, parameter in module.named_parameters():
             path = f"{prefix}.{name}" if prefix else name
-            spec = getattr(parameter, "spec", None)
-            if not isinstance(spec, ParameterSpec):
-                raise must(path, "be made by Layer.create_parameter", "a bare parameter", "Create it through its Layer")
-            generator.manual_seed(stable_hash(f"{seed}/{path}"))
-            shard = shard_of(parameter)
-            direct = shard is None and parameter.device.type == "cpu" and parameter.dtype == torch.float32
-            values = parameter.data if direct else torch.empty(spec.shape, dtype=torch.float32, device="cpu")
-            parts = torch.split(values, list(spec.parts)) if spec.parts else (values,)
-            for part, init in zip(parts, spec.part_inits or (spec.init,) * len(parts), strict=True):
-                init.fill(part, generator=generator, axes=spec.axes)
-            if shard is not None:
-                for box in shard.boxes:
-                    box.of_local(parameter).copy_(box.of_global(values))
-            elif not direct:
-                parameter.copy_(values)
+            if parameter.device.type == "cpu" and parameter.dtype == torch.float32 and shard_of(parameter) is None:
+                first_values(parameter, path=path, seed=seed, out=parameter.data)
+            else:
+                parameter.copy_(first_values(parameter, path=path, seed=seed))
+
+
+@torch.no_grad()
+def first_values(parameter: Tensor, *, path: str, seed: int, out: Tensor | None = None) -> Tensor:
+    """Returns what this rank holds of the first values of a parameter, in float32 on the CPU.
+
+    Args:
+        parameter: with `.spec` and, where divided, `.shard`; its own values are not read.
+        path: of it.
+        seed: of the run.
+        out: takes the values of the whole; None: a new tensor.
+
+    Raises:
+        ParamsError: a parameter without a spec.
+    """
+    spec = getattr(parameter, "spec", None)
+    if not isinstance(spec, ParameterSpec):
+        raise must(path, "be made by Layer.create_parameter", "a bare parameter", "Create it through its Layer")
+    generator = torch.Generator().manual_seed(stable_hash(f"{seed}/{path}"))
+    values = torch.empty(spec.shape, dtype=torch.float32, device="cpu") if out is None else out
+    parts = torch.split(values, list(spec.parts)) if spec.parts else (values,)
+    for part, init in zip(parts, spec.part_inits or (spec.init,) * len(parts), strict=True):
+        init.fill(part, generator=generator, axes=spec.axes)
+    shard = shard_of(parameter)
+    if shard is None:
+        return values
+    local = values.new_empty(shard.local_shape)
+    for box in shard.boxes:
+        box.of_local(local).copy_(box.of_global(values))
+    return local
 
 
 def bind(module: nn.Module, *, seed: int, prefix: str = "task") -> StepContext:

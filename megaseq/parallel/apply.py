@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from megaseq.base.errors import AsText, ParamsError, must
 from megaseq.parallel.layout import Parallel
 from megaseq.parallel.mesh import Mesh
+from megaseq.parallel.placeholder import is_placeholder, placeholder
 from megaseq.parallel.sharding import merged_rules, shard_spec
 from megaseq.parallel.spec import ParameterSpec, Ranks, shard_of
 from megaseq.parallel.tensor import TensorRanks
@@ -88,11 +89,14 @@ def _shard(parameter: Tensor, *, path: str, spec: ParameterSpec, rules: Mapping[
     shard = shard_spec(spec, rules=rules, mesh=mesh)
     if shard is None:
         return
-    with torch.no_grad():
-        local = parameter.new_empty(shard.local_shape)
-        for box in shard.boxes:
-            box.of_local(local).copy_(box.of_global(parameter))
-        parameter.data = local
+    if is_placeholder(parameter):
+        parameter.data = placeholder(shard.local_shape, dtype=parameter.dtype)
+    else:
+        with torch.no_grad():
+            local = parameter.new_empty(shard.local_shape)
+            for box in shard.boxes:
+                box.of_local(local).copy_(box.of_global(parameter))
+            parameter.data = local
     parameter.shard = shard  # type: ignore[attr-defined]
 
 

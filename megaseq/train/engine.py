@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor
 from megaseq.base import NestedMap
 from megaseq.checkpoint import Ranks, WarmStart, WarmStartReport
 from megaseq.checkpoint.piece import Piece
+from megaseq.layers.base import first_values
 from megaseq.learner import Learner
 from megaseq.parallel.context import shard_batch
 from megaseq.parallel.gradients import all_reduce_sum
@@ -98,6 +100,8 @@ class Engine:
             precision=self.precision,
             mesh=mesh,
             parallel=self.parallel,
+            device=self.device,
+            values=functools.partial(_first_values, seed=seed) if built.is_empty else None,
         )
         self._accumulation = accumulation
         self.pipeline: PipelinedTask | None = None
@@ -230,6 +234,10 @@ class Engine:
             self.learner.ema.restart()
         self.updater.publish()
         return report
+
+
+def _first_values(name: str, parameter: Tensor, *, seed: int) -> Tensor:
+    return first_values(parameter, path=name, seed=seed)
 
 
 def named_state(task: BaseTask) -> dict[str, Tensor]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from megaseq.layers.base import StepContext, bind, initialize
+from megaseq.layers.base import StepContext, bind, initialize, parameters_without_memory
 from megaseq.parallel.apply import apply
 from megaseq.parallel.context import install_context
 from megaseq.parallel.expert import install_experts
@@ -28,6 +28,8 @@ class BuiltTask:
     """Elements of all parameters of the whole model, whatever of it is here."""
     plan: StagePlan | None = None
     """Of a pipeline's stages; None: the model is in one piece."""
+    is_empty: bool = False
+    """Whether parameters have a shape but no memory yet, and `first_values` gives them values one at a time."""
 
 
 def build_task(
@@ -40,8 +42,8 @@ def build_task(
 ) -> BuiltTask:
     """Builds the task, takes this rank's part of it, and gives the parameters their first values.
 
-    Memory of parameters is not touched before `initialize`, which fills one at a time, so a rank needs no room for
-    what others hold.
+    Parameters have no memory before it is known what of them lies here, so a rank needs no room for what others hold.
+    Under ZeRO stage 3, which divides them further, they stay without it: the updater fills one at a time.
 
     Args:
         params: complete.
@@ -53,15 +55,22 @@ def build_task(
     Raises:
         ParamsError: the task cannot be divided so.
     """
-    task: BaseTask = params.instantiate()
+    with parameters_without_memory():
+        task: BaseTask = params.instantiate()
     num_parameters = sum(parameter.numel() for parameter in task.parameters())
     plan: StagePlan | None = None
     if mesh is not None and parallel is not None:
         plan = take_part(task, mesh=mesh, parallel=parallel)
-    task.to(device)
-    initialize(task, seed=seed, prefix="task")
+    is_empty = parallel is not None and parallel.zero.stage == 3
+    for module in task.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, buffer.to(device))
+    if not is_empty:
+        for parameter in task.parameters():
+            parameter.data = torch.empty(parameter.shape, device=device)
+        initialize(task, seed=seed, prefix="task")
     context = bind(task, seed=seed, prefix="task")
-    return BuiltTask(task=task, context=context, num_parameters=num_parameters, plan=plan)
+    return BuiltTask(task=task, context=context, num_parameters=num_parameters, plan=plan, is_empty=is_empty)
 
 
 def take_part(task: BaseTask, *, mesh: Mesh, parallel: Parallel.Params) -> StagePlan | None:
@@ -70,15 +79,10 @@ def take_part(task: BaseTask, *, mesh: Mesh, parallel: Parallel.Params) -> Stage
     Raises:
         ParamsError: the task cannot be divided so.
     """
-    _divide(task, mesh=mesh, parallel=parallel)
-    return _cut_stages(task, mesh=mesh, parallel=parallel)
-
-
-def _divide(task: BaseTask, *, mesh: Mesh, parallel: Parallel.Params) -> None:
-    """Divides parameters over tensor and expert ranks, and installs what layers exchange."""
     apply(task, mesh=mesh, params=parallel)
     install_experts(task, mesh=mesh)
     install_context(task, mesh=mesh, method=parallel.context_method)
+    return _cut_stages(task, mesh=mesh, parallel=parallel)
 
 
 def _cut_stages(task: BaseTask, *, mesh: Mesh, parallel: Parallel.Params) -> StagePlan | None:

@@ -19,6 +19,7 @@ from megaseq.base.errors import must
 from megaseq.parallel.layout import Layout
 from megaseq.parallel.mesh import Mesh
 from megaseq.parallel.mpu import ModelParallelUnit
+from megaseq.train.updaters.first_shares import FirstShares
 
 
 def _is_news(record: logging.LogRecord) -> bool:
@@ -68,15 +69,17 @@ def start_deepspeed(
     config: dict[str, Any],
     mesh: Mesh | None,
     device: torch.device,
+    first_shares: FirstShares | None = None,
 ) -> Any:
     """Returns DeepSpeed's engine around `module`; all ranks at the same time.
 
     Args:
-        module: initialised, on `device`.
+        module: initialised, on `device`, or without values, for `first_shares`.
         optimizer: of its parameters that train.
         config: DeepSpeed's JSON.
         mesh: None is one process, which gets a process group of its own.
         device: of this process.
+        first_shares: fills the parameters where they are without memory.
     """
     deepspeed = load_deepspeed(device)
     if not dist.is_initialized():
@@ -86,7 +89,10 @@ def start_deepspeed(
         mesh = Mesh(Layout(), rank=0)
     os.environ.setdefault("LOCAL_RANK", str(device.index or 0))
     deepspeed.comm.init_distributed(dist_init_required=False, verbose=False)
+    unit = ModelParallelUnit(mesh)
+    if first_shares is not None:
+        first_shares.divide(deepspeed, config=config, unit=unit)
     engine, *_ = deepspeed.initialize(
-        model=module, optimizer=optimizer, config=config, mpu=ModelParallelUnit(mesh), dist_init_required=False
+        model=module, optimizer=optimizer, config=config, mpu=unit, dist_init_required=False
     )
     return engine

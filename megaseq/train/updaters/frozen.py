@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megaseq.checkpoint.piece import Piece, fragment_pieces
+from megaseq.train.updaters.first_shares import ExactRun
 from megaseq.train.updaters.shares import Described
 
 
@@ -40,13 +41,13 @@ class Frozen:
             self.computing.copy_(self.exact)
 
 
-def frozen_of(parameter: Any, *, about: Described, exact: Mapping[str, Tensor]) -> Frozen:
+def frozen_of(parameter: Any, *, about: Described, exact: Mapping[str, ExactRun]) -> Frozen:
     """Returns what this process holds of a frozen parameter.
 
     Args:
         parameter: after DeepSpeed took it over.
         about: what it is.
-        exact: fp32 values, whole, of the parameters that were rounded, by name.
+        exact: fp32 values of the parameters that were rounded, by name; at least those here.
     """
     if hasattr(parameter, "ds_id"):
         size, count = int(parameter.partition_numel()), int(parameter.ds_numel)
@@ -57,4 +58,4 @@ def frozen_of(parameter: Any, *, about: Described, exact: Mapping[str, Tensor]) 
     values = exact.get(about.name)
     if values is None:
         return Frozen(about, first, computing, computing)
-    return Frozen(about, first, computing, values.flatten()[first : first + computing.numel()].clone())
+    return Frozen(about, first, computing, values.run(first, computing.numel()).clone())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+
 from megaseq.base.errors import must
 from megaseq.learner import Adafactor, Learner
 from megaseq.parallel.layout import Parallel
@@ -10,6 +12,7 @@ from megaseq.parallel.spec import shard_of
 from megaseq.tasks.base import BaseTask
 from megaseq.train.precision import Precision
 from megaseq.train.updaters.base import Updater
+from megaseq.train.updaters.first_shares import Values
 from megaseq.train.updaters.replicated import Replicated
 
 
@@ -20,8 +23,19 @@ def make_updater(
     precision: Precision,
     mesh: Mesh | None,
     parallel: Parallel.Params,
+    device: torch.device,
+    values: Values | None = None,
 ) -> Updater:
     """Returns the updater for the ZeRO stage of `parallel`.
+
+    Args:
+        task: initialised, on its device; or, with `values`, without values.
+        learner_params: of the run.
+        precision: of the weights that the task computes with.
+        mesh: None is one process.
+        parallel: of the run.
+        device: of this process.
+        values: in stage 3, first values of parameters that have no memory yet.
 
     Raises:
         ParamsError: the stage does not work with the other params.
@@ -45,7 +59,15 @@ def make_updater(
     _check_zero(learner_params, parallel=parallel)
     from megaseq.train.updaters.zero import Zero
 
-    return Zero(task, learner_params=learner_params, precision=precision, mesh=mesh, parallel=parallel)
+    return Zero(
+        task,
+        learner_params=learner_params,
+        precision=precision,
+        mesh=mesh,
+        parallel=parallel,
+        device=device,
+        values=values,
+    )
 
 
 def _check_zero(learner_params: Learner.Params, *, parallel: Parallel.Params) -> None:

@@ -18,6 +18,7 @@ from megaseq.learner.learner import UpdateStats
 from megaseq.parallel.gradients import all_reduce_sum, counted_boxes, is_expert, names_of_all_stages
 from megaseq.parallel.layout import Parallel
 from megaseq.parallel.mesh import Mesh
+from megaseq.parallel.placeholder import placeholder
 from megaseq.parallel.spec import ParameterSpec, shard_of
 from megaseq.tasks.base import BaseTask, LossOutput
 from megaseq.train.precision import Precision, low_precision_parameters
@@ -25,6 +26,7 @@ from megaseq.train.updaters.deepspeed_config import deepspeed_config
 from megaseq.train.updaters.deepspeed_package import check_nvme, start_deepspeed
 from megaseq.train.updaters.disk_memory import DiskMemory
 from megaseq.train.updaters.expert_sharing import mark_experts, options_of, sign_of_experts
+from megaseq.train.updaters.first_shares import ExactRun, FirstShares, Values
 from megaseq.train.updaters.frozen import frozen_of
 from megaseq.train.updaters.gathered import gathered
 from megaseq.train.updaters.shares import Described, Fragment, fragments_of, runs_of, shares_of
@@ -79,15 +81,19 @@ class Zero:
         precision: Precision,
         mesh: Mesh | None,
         parallel: Parallel.Params,
+        device: torch.device | None = None,
+        values: Values | None = None,
     ) -> None:
         """Hands the parameters over to DeepSpeed and makes the learner's state for this rank's shares.
 
         Args:
-            task: initialised, on its device.
+            task: initialised, on its device; or, with `values`, without values.
             learner_params: of the run.
             precision: of the weights that the task computes with.
             mesh: None is one process.
             parallel: of the run.
+            device: of this process; None: where the parameters are.
+            values: in stage 3, first values of parameters that have no memory yet.
 
         Raises:
             MissingPackageError: DeepSpeed is not installed.
@@ -99,7 +105,7 @@ class Zero:
         self.disk: DiskMemory | None = None
         if parallel.zero.offload_optimizer == "nvme":
             self.disk = DiskMemory(parallel.zero.nvme_path)
-        self._device = next(task.parameters()).device
+        self._device = device or next(task.parameters()).device
         parameters = {f"{PREFIX}{name}": parameter for name, parameter in task.named_parameters()}
         described = {id(value): _describe(name, value) for name, value in parameters.items()}
         # Shares of what all data ranks hold are disjoint, also along `expert`.
@@ -107,7 +113,7 @@ class Zero:
         self.learner: Learner = learner_params.instantiate(
             named_parameters=parameters, deferred=True, known=names_of_all_stages(list(parameters), mesh=mesh)
         )
-        exact = self._lower(task, precision=precision)
+        exact = self._lower(task, precision=precision, is_empty=values is not None)
         for name in self.learner.frozen:
             parameters[name].requires_grad_(False)
         self._tied = TiedGradients(
@@ -122,13 +128,21 @@ class Zero:
         config = deepspeed_config(parallel)
         if parallel.zero.offload_parameters == "nvme":
             check_nvme(self._device, frozen=self.learner.frozen)
+        first = FirstShares(parameters, values=values, device=self._device) if values is not None else None
         self.engine: Any = start_deepspeed(
-            self._module, optimizer=optimizer, config=config, mesh=mesh, device=self._device
+            self._module, optimizer=optimizer, config=config, mesh=mesh, device=self._device, first_shares=first
         )
+        exact = exact if first is None else first.exact
         self._zero: Any = self.engine.optimizer
         self._shares = shares_of(self._zero, stage=self._stage)
         self._index = {id(share): index for index, share in enumerate(self._shares)}
         self._fragments = fragments_of(self._zero, stage=self._stage, described=described)
+        self._frozen = [
+            frozen_of(parameters[name], about=described[id(parameters[name])], exact=exact)
+            for name in self.learner.frozen
+        ]
+        self._restore_exact(exact)
+        exact.clear()  # Before there are moments.
         if self.disk is not None:
             self._put_on_disk(self.disk)
         self._runs = runs_of(self._shares, limit=STREAMED_ELEMENTS if self.disk is not None else 0)
@@ -141,44 +155,38 @@ class Zero:
             [run.of(self._shares[run.share].detach()), *(tensors[index] for tensors in self._state_by_slot().values())]
             for index, run in enumerate(self._runs)
         ]
-        self._frozen = [
-            frozen_of(parameters[name], about=described[id(parameters[name])], exact=exact)
-            for name in self.learner.frozen
-        ]
         self._data_ranks = mesh.size("data", "context") if mesh is not None else 1
         self._norm_group = mesh.group(*WORLD_AXES) if mesh is not None else None
         self._step = 0
         self._stats: UpdateStats | None = None
         # DeepSpeed's norm counts, rounds and treats what is not finite in its own way.
         setattr(self._zero, "scaled_global_norm" if self._stage < 3 else "_get_norm_groups", self._decide)
-        if exact:
-            self._restore_exact(exact)
 
-    def _lower(self, task: BaseTask, *, precision: Precision) -> dict[str, Tensor]:
-        """Rounds the weights to bf16 where the precision says so; returns the exact values on the host.
+    def _lower(self, task: BaseTask, *, precision: Precision, is_empty: bool) -> dict[str, ExactRun]:
+        """Rounds the weights to bf16 where the precision says so; returns the exact values, if any, on the host.
 
         Stage 3 wants one format for all that trains; below it norms stay in fp32.
         """
         if precision != "bf16":
             return {}
-        exact: dict[str, Tensor] = {}
+        exact: dict[str, ExactRun] = {}
         lowered = dict(task.named_parameters()) if self._stage == 3 else low_precision_parameters(task)
         for name, parameter in lowered.items():
-            exact[f"{PREFIX}{name}"] = parameter.detach().to("cpu", copy=True)
+            if is_empty:
+                parameter.data = placeholder(parameter.shape, dtype=torch.bfloat16)
+                continue
+            exact[f"{PREFIX}{name}"] = ExactRun(parameter.detach().to("cpu", copy=True).flatten())
             parameter.data = parameter.data.to(torch.bfloat16)
         return exact
 
-    def _restore_exact(self, exact: Mapping[str, Tensor]) -> None:
+    def _restore_exact(self, exact: Mapping[str, ExactRun]) -> None:
         """Undoes in the shares what rounding the weights did to the first values."""
         with torch.no_grad():
             for share, row in zip(self._shares, self._fragments, strict=True):
                 for fragment in row:
                     values = exact.get(fragment.parameter.name)
-                    if values is not None:
-                        run = values.flatten()[fragment.first : fragment.first + fragment.length]
-                        fragment.of(share.detach()).copy_(run)
-        if self.learner.ema is not None:
-            self.learner.ema.restart()
+                    if values is not None and fragment.length:
+                        fragment.of(share.detach()).copy_(values.run(fragment.first, fragment.length))
 
     def _put_on_disk(self, disk: DiskMemory) -> None:
         """Moves the shares to the disk."""
