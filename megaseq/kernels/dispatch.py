@@ -23,6 +23,7 @@ VARIABLE = "MEGASEQ_KERNELS"
 
 IMPLEMENTATIONS: Mapping[str, tuple[str, ...]] = {
     "activation": ("reference", "triton"),
+    "adamw": ("reference", "torch", "apex", "triton"),
     "attention": ("reference", "sdpa", "segments", "native", "triton"),
     "cross_entropy": ("reference", "chunked", "triton"),
     "dropout": ("reference", "native", "triton"),

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from megaseq.base import ParamsError
+from megaseq.kernels.adamw import adamw_
 from megaseq.learner import SGD, Adafactor, AdamW, Constant, Learner, Optimizer
+from megaseq.learner import adamw as module
 
 from .conftest import make_gradients, make_parameters
 
@@ -60,6 +62,36 @@ def test_adamw_is_torchs(weight_decay: float, scale: float) -> None:
     )
     got = train(AdamW.Params(epsilon=1e-8), learning_rate=0.02, weight_decay=weight_decay, scale=scale)
     assert_close(got, expected)
+
+
+@pytest.mark.parametrize("implementation", ["reference", "triton"])
+def test_adamw_by_other_kernels(implementation: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU flat shares are updated by Triton; here both run when asked for."""
+    pytest.importorskip("triton")
+    settings = {"learning_rate": 0.02, "weight_decay": 0.1, "scale": 1 / 3}
+    expected = train(AdamW.Params(), **settings)
+    monkeypatch.setenv("MEGASEQ_KERNELS", f"adamw={implementation}")
+    assert_close(train(AdamW.Params(), **settings), expected)
+
+
+def test_adamw_by_apex(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its lists, scale and count arrive; the arithmetic stands in for apex's."""
+    settings = {"learning_rate": 0.02, "weight_decay": 0.1, "scale": 1 / 3}
+    expected = train(AdamW.Params(), **settings)
+    calls = []
+
+    def update(parameters, *, gradients, moments, settings, step, divisor, skip) -> None:  # type: ignore[no-untyped-def]
+        calls.append(float(step))
+        for p, g, m, v in zip(parameters, gradients, *moments, strict=True):
+            flat = [x.view(-1) for x in (p, g, m, v)]
+            adamw_(
+                flat[0], gradients=flat[1], moments=(flat[2], flat[3]), settings=settings, step=step, divisor=divisor
+            )
+
+    monkeypatch.setattr(module, "choose_adamw", lambda tensor, flat: "apex")
+    monkeypatch.setattr(module, "apex_adamw_", update)
+    assert_close(train(AdamW.Params(), **settings), expected)
+    assert sorted(set(calls)) == [float(step) for step in range(1, STEPS + 1)]
 
 
 @pytest.mark.parametrize(("momentum", "nesterov"), [(0.0, False), (0.9, False), (0.9, True)])
