@@ -25,7 +25,7 @@ from typing import Any
 
 # Raised together with `interface_version` in csrc/module.cc whenever a signature or a result changes: an extension that
 # an older checkout built must not be mixed with newer Python.
-INTERFACE_VERSION = 7
+INTERFACE_VERSION = 8
 
 _logger = logging.getLogger("megaseq")
 

@@ -99,8 +99,8 @@ MEGASEQ_INLINE void softmax_row(float* row, std::int64_t seen, std::int64_t padd
   for (std::int64_t j = 0; j < padded; ++j) row[j] *= inverse;
 }
 
-// Turns a row of the probabilities' gradient into that of the scores. `weights` are the probabilities as they met the values,
-// so with dropout some are 0 and the others larger; the sign of a probability says nothing here.
+// Turns a row of the probabilities' gradient into that of the scores. `weights` are the probabilities as they met the
+// values, so with dropout some are 0 and the others larger; the sign of a probability says nothing here.
 MEGASEQ_INLINE void softmax_row_gradient(const float* probabilities, const float* weights, float* gradient,
                                          std::int64_t padded) {
   float sums[kBlock] = {};
@@ -210,8 +210,8 @@ constexpr std::size_t kBatch = 8;
 
 std::size_t num_batches(const AttentionCall& call) { return (call.num_segments + kBatch - 1) / kBatch; }
 
-// Runs work(segment, number of its batch, scratch) for all segments on several threads, each with `scratch_size` floats of
-// its own; the segments of a batch come one after the other.
+// Runs work(segment, number of its batch, scratch) for all segments on several threads, each with `scratch_size` floats
+// of its own; the segments of a batch come one after the other.
 template <typename Work>
 void for_segments(const AttentionCall& call, std::size_t scratch_size, Work work) {
   std::atomic<std::size_t> next{0};
@@ -240,13 +240,13 @@ std::int64_t longest(const AttentionCall& call) {
 // The place in the table of a bias where distance `number` + 1 - num_queries of a segment is found.
 std::int64_t place_of(const DistanceBias& bias, const Segment& segment, std::int64_t number) {
   const std::int64_t distance = segment.key_start - segment.query_start + number + 1 - segment.num_queries;
-  return std::clamp(distance, -bias.reach, bias.reach) + bias.reach;
+  return std::clamp(distance - bias.first, std::int64_t{0}, bias.count - 1);
 }
 
 // The head's part of the table of a bias, spread out over the segment's distances.
 const float* spread(const AttentionCall& call, const Segment& segment, std::int64_t number, float* bias) {
   if (call.bias == nullptr) return nullptr;
-  const float* table = call.bias->table + number * (2 * call.bias->reach + 1);
+  const float* table = call.bias->table + number * call.bias->count;
   for (std::int64_t i = 0; i < segment.num_queries + segment.num_keys - 1; ++i) {
     bias[i] = table[place_of(*call.bias, segment, i)];
   }
@@ -342,8 +342,8 @@ void attention_forward(const AttentionCall& call, HeadsOf<const T> query, HeadsO
   const std::int64_t length = longest(call);
   // Keys turned around or weights; the bias of all distances; a mask of bytes.
   const std::int64_t own = std::max(width, call.dropout != nullptr ? length : 0) * length + 3 * length;
-  for_segments(call, static_cast<std::size_t>(own) + copies<T>(4, length, width), [&](const Segment& segment, std::size_t,
-                                                                                      float* memory) {
+  const std::size_t scratch_size = static_cast<std::size_t>(own) + copies<T>(4, length, width);
+  for_segments(call, scratch_size, [&](const Segment& segment, std::size_t, float* memory) {
     const std::int64_t first = segment.query_start, queries = segment.num_queries;
     const std::int64_t first_key = segment.key_start, keys = segment.num_keys;
     float* bias = memory + own - 3 * length;
@@ -372,10 +372,10 @@ void attention_backward(const AttentionCall& call, HeadsOf<const T> gradient, He
   const std::int64_t length = longest(call);
   const std::int64_t own = (std::max(width, length) + (call.dropout != nullptr ? 2 : 1) * length) * length + 2 * length;
   // Each batch of segments has a table of its own; their sum does not depend on which thread took which batch.
-  const std::int64_t table_size = call.bias != nullptr ? num_heads * (2 * call.bias->reach + 1) : 0;
+  const std::int64_t table_size = call.bias != nullptr ? num_heads * call.bias->count : 0;
   std::vector<float> tables(num_batches(call) * static_cast<std::size_t>(table_size));
-  for_segments(call, static_cast<std::size_t>(own) + copies<T>(7, length, width), [&](const Segment& segment,
-                                                                                      std::size_t batch, float* memory) {
+  const std::size_t scratch_size = static_cast<std::size_t>(own) + copies<T>(7, length, width);
+  for_segments(call, scratch_size, [&](const Segment& segment, std::size_t batch, float* memory) {
     const std::int64_t first = segment.query_start, queries = segment.num_queries;
     const std::int64_t first_key = segment.key_start, keys = segment.num_keys;
     float* distances = call.bias != nullptr ? memory + own - 2 * length : nullptr;
@@ -399,7 +399,7 @@ void attention_backward(const AttentionCall& call, HeadsOf<const T> gradient, He
         finish(query_gradient, first, number, queries, width, dq);
         if (distances != nullptr) {
           float* table = tables.data() + static_cast<std::int64_t>(batch) * table_size +
-                         number * (2 * call.bias->reach + 1);
+                         number * call.bias->count;
           for (std::int64_t i = 0; i < queries + keys - 1; ++i) table[place_of(*call.bias, segment, i)] += distances[i];
         }
       }

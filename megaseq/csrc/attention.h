@@ -1,8 +1,8 @@
 // Attention within the segments of packed rows, in place: no gathering, no padding, no masked-out products.
 //
 // A segment is a run of neighbouring tokens in the flattened rows [tokens, heads, width]. Its queries see the keys of
-// the same segment only, so its scores are one small matrix for each head, which stays in the first-level cache together
-// with its keys and values.
+// the same segment only, so its scores are one small matrix for each head, which stays in the first-level cache
+// together with its keys and values.
 #pragma once
 
 #include <cstddef>
@@ -30,8 +30,8 @@ struct Segment {
   std::int64_t probabilities;
 };
 
-// Which attention weights become zero, as dropout.h defines it: the weight of query t, key s and head n of row b is element
-// starts[b] + (n * query_length + t) * key_length + s of the stream.
+// Which attention weights become zero, as dropout.h defines it: the weight of query t, key s and head n of row b is
+// element starts[b] + (n * query_length + t) * key_length + s of the stream.
 struct WeightDropout {
   std::uint64_t key;
   std::uint32_t threshold;
@@ -41,11 +41,12 @@ struct WeightDropout {
   std::int64_t key_length;
 };
 
-// Added to the scaled score of query t and key s of head n: table[n * (2 * reach + 1) + reach + d], where d is s - t, at most
-// `reach` in either direction. Rows of queries and keys are equally long.
+// Added to the scaled score of query t and key s of head n: table[n * count + i], where i is s - t - first, but at
+// least 0 and below `count`. Rows of queries and keys are equally long.
 struct DistanceBias {
   const float* table;
-  std::int64_t reach;
+  std::int64_t first;
+  std::int64_t count;
 };
 
 struct AttentionCall {
@@ -63,14 +64,14 @@ struct AttentionCall {
 inline constexpr std::size_t kAttentionBlock = 16;
 
 // Writes the outputs of all queries of all segments, and their probabilities, which the backward pass wants; those that
-// dropout takes have their sign turned. T is float, or std::uint16_t for the bits of bfloat16: then all arithmetic and the
-// probabilities are floats, and results are rounded to nearest, ties to even.
+// dropout takes have their sign turned. T is float, or std::uint16_t for the bits of bfloat16: then all arithmetic and
+// the probabilities are floats, and results are rounded to nearest, ties to even.
 template <typename T>
 void attention_forward(const AttentionCall& call, HeadsOf<const T> query, HeadsOf<const T> key, HeadsOf<const T> value,
                        HeadsOf<T> output, float* probabilities);
 
-// Writes the gradients of all queries, keys and values of all segments, and of the bias's table where there is one. Sums are
-// made in the same order on any number of threads.
+// Writes the gradients of all queries, keys and values of all segments, and of the bias's table where there is one.
+// Sums are made in the same order on any number of threads.
 template <typename T>
 void attention_backward(const AttentionCall& call, HeadsOf<const T> gradient, HeadsOf<const T> query,
                         HeadsOf<const T> key, HeadsOf<const T> value, const float* probabilities,

@@ -22,7 +22,7 @@ namespace nb = nanobind;
 namespace {
 
 // Equal to INTERFACE_VERSION in base/native.py.
-constexpr int kInterfaceVersion = 7;
+constexpr int kInterfaceVersion = 8;
 
 // Any shape, elements in order: NumPy arrays and, through DLPack, torch tensors.
 template <typename T>
@@ -112,8 +112,11 @@ megaseq::HeadsOf<T> heads(const HeadsArray<T>& array) {
 }
 
 // Key, threshold, scale, first element of each row, and the lengths of the rows of queries and keys.
-using DropoutArguments = std::tuple<std::uint64_t, std::uint32_t, float, Array<const std::int64_t>, std::int64_t, std::int64_t>;
+using DropoutArguments =
+    std::tuple<std::uint64_t, std::uint32_t, float, Array<const std::int64_t>, std::int64_t, std::int64_t>;
+// [heads, distances] and the first distance.
 using Table = nb::ndarray<const float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+using BiasArguments = std::tuple<Table, std::int64_t>;
 
 // An AttentionCall with all that it points to.
 struct CallOwner {
@@ -123,8 +126,8 @@ struct CallOwner {
   CallOwner(const CallOwner&) = delete;
 
   CallOwner(const Array<const std::int64_t>& segments, std::size_t width, bool causal, float scale,
-            std::size_t num_threads, const std::optional<DropoutArguments>& dropped, const std::optional<Table>& table,
-            std::size_t num_heads) {
+            std::size_t num_threads, const std::optional<DropoutArguments>& dropped,
+            const std::optional<BiasArguments>& by_distance, std::size_t num_heads) {
     require(width % megaseq::kAttentionBlock == 0, "_csrc.attention: must have heads of a width that 16 divides.");
     static_assert(sizeof(megaseq::Segment) == 5 * sizeof(std::int64_t));
     call = {reinterpret_cast<const megaseq::Segment*>(segments.data()), segments.size() / 5, width, causal, scale,
@@ -138,10 +141,11 @@ struct CallOwner {
       dropout = {key, threshold, kept_scale, starts.data(), query_length, key_length};
       call.dropout = &dropout;
     }
-    if (table) {
-      require(table->shape(0) == num_heads && table->shape(1) % 2 == 1,
-              "_csrc.attention: must have a bias for each head and an odd number of distances, but has not.");
-      bias = {table->data(), static_cast<std::int64_t>(table->shape(1) / 2)};
+    if (by_distance) {
+      const auto& [table, first] = *by_distance;
+      require(table.shape(0) == num_heads && table.shape(1) > 0,
+              "_csrc.attention: must have a bias for each head and some distance, but has not.");
+      bias = {table.data(), first, static_cast<std::int64_t>(table.shape(1))};
       call.bias = &bias;
     }
   }
@@ -151,8 +155,8 @@ template <typename T>
 void attention_forward(HeadsArray<const T> query, HeadsArray<const T> key, HeadsArray<const T> value,
                        HeadsArray<T> output, Array<float> probabilities, Array<const std::int64_t> segments,
                        bool causal, float scale, std::size_t num_threads, std::optional<DropoutArguments> dropped,
-                       std::optional<Table> table) {
-  const CallOwner owner(segments, query.shape(2), causal, scale, num_threads, dropped, table, query.shape(1));
+                       std::optional<BiasArguments> by_distance) {
+  const CallOwner owner(segments, query.shape(2), causal, scale, num_threads, dropped, by_distance, query.shape(1));
   const auto q = heads(query), k = heads(key), v = heads(value);
   const auto out = heads(output);
   nb::gil_scoped_release release;
@@ -164,10 +168,10 @@ void attention_backward(HeadsArray<const T> gradient, HeadsArray<const T> query,
                         HeadsArray<const T> value, Array<const float> probabilities, HeadsArray<T> query_gradient,
                         HeadsArray<T> key_gradient, HeadsArray<T> value_gradient,
                         Array<const std::int64_t> segments, float scale, std::size_t num_threads,
-                        std::optional<DropoutArguments> dropped, std::optional<Table> table,
+                        std::optional<DropoutArguments> dropped, std::optional<BiasArguments> by_distance,
                         Array<float> table_gradient) {
-  const CallOwner owner(segments, query.shape(2), false, scale, num_threads, dropped, table, query.shape(1));
-  require(!table || table_gradient.size() == table->size(),
+  const CallOwner owner(segments, query.shape(2), false, scale, num_threads, dropped, by_distance, query.shape(1));
+  require(!by_distance || table_gradient.size() == std::get<0>(*by_distance).size(),
           "_csrc.attention: must have a gradient as large as the bias's table, but has not.");
   const auto g = heads(gradient), q = heads(query), k = heads(key), v = heads(value);
   const auto dq = heads(query_gradient), dk = heads(key_gradient), dv = heads(value_gradient);

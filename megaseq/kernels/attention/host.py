@@ -32,6 +32,7 @@ def native_attention(
     scale: float,
     dropout: DropoutMask | None = None,
     table: Tensor | None = None,
+    first_distance: int = 0,
 ) -> Tensor:
     """Attends within each segment of packed rows.
 
@@ -42,13 +43,15 @@ def native_attention(
         plan: where the segments stand.
         scale: factor of the scores.
         dropout: which weights [B, N, T, S] become zero; its offset is one number, or one for each row.
-        table: [N, 2R + 1], added to the scores by the distance from query to key, -R first; farther ones count as R.
-            Its gradient is summed in fp32, in one order. T and S must be equal then.
+        table: [N, W], added to the scores by the distance of the key from the query, `first_distance` first; those
+            beyond either end have the bias of that end. Its gradient is summed in fp32, in one order. T and S must be
+            equal then.
+        first_distance: of the first column of `table`.
 
     Returns:
         [B, T, N, H]; zeros for pads.
     """
-    return apply_one(_SegmentAttention, query, key, value, table, plan, scale, dropout)
+    return apply_one(_SegmentAttention, query, key, value, table, plan, scale, dropout, first_distance)
 
 
 class _SegmentAttention(torch.autograd.Function):
@@ -64,6 +67,7 @@ class _SegmentAttention(torch.autograd.Function):
         plan: SegmentPlan,
         scale: float,
         dropout: DropoutMask | None,
+        first_distance: int,
     ) -> Tensor:
         output = torch.zeros(query.shape, dtype=query.dtype)
         segments, area = plan.table
@@ -72,9 +76,10 @@ class _SegmentAttention(torch.autograd.Function):
         tensors = [_heads(tensor) for tensor in (query, key, value, output)]
         ctx.dropped = _dropout_arguments(dropout, query=query, key_length=key.shape[1])
         run = getattr(_extension(), f"attention_forward{_SUFFIX[query.dtype]}")
-        run(*tensors, probabilities.numpy(), segments, plan.causal, scale, threads, ctx.dropped, _table(table))
+        by_distance = _bias_arguments(table, first=first_distance)
+        run(*tensors, probabilities.numpy(), segments, plan.causal, scale, threads, ctx.dropped, by_distance)
         ctx.save_for_backward(query, key, value, probabilities, table)
-        ctx.plan, ctx.scale = plan, scale
+        ctx.plan, ctx.scale, ctx.first_distance = plan, scale, first_distance
         return output
 
     @staticmethod
@@ -88,11 +93,13 @@ class _SegmentAttention(torch.autograd.Function):
         inputs = [_heads(tensor) for tensor in (gradients[0], query, key, value)]
         outputs = [_heads(tensor) for tensor in results]
         run = getattr(_extension(), f"attention_backward{_SUFFIX[query.dtype]}")
+        by_distance = _bias_arguments(table, first=ctx.first_distance)
         run(
-            *inputs, probabilities.numpy(), *outputs, segments, ctx.scale, threads, ctx.dropped, _table(table),
+            *inputs, probabilities.numpy(), *outputs, segments, ctx.scale, threads, ctx.dropped, by_distance,
             of_table.numpy(),
         )  # fmt: skip
-        return (*results, None if table is None else of_table.view(table.shape).to(table.dtype), None, None, None)
+        of_bias = None if table is None else of_table.view(table.shape).to(table.dtype)
+        return (*results, of_bias, None, None, None, None)
 
 
 def starts_fit(dropout: DropoutMask, *, batch: int) -> bool:
@@ -113,11 +120,12 @@ def _dropout_arguments(dropout: DropoutMask | None, *, query: Tensor, key_length
     return key, threshold, 1.0 / (1.0 - dropout.rate), starts.numpy(), query_length, key_length
 
 
-def _table(table: Tensor | None) -> NDArray[Any] | None:
+def _bias_arguments(table: Tensor | None, *, first: int) -> tuple[NDArray[Any], int] | None:
+    """What the extension wants to know of a bias."""
     if table is None:
         return None
     array: NDArray[Any] = table.detach().float().contiguous().numpy()
-    return array
+    return array, first
 
 
 def _heads(tensor: Tensor) -> NDArray[Any]:

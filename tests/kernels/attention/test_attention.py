@@ -108,7 +108,14 @@ def test_native_adds_a_bias_by_distance(causal: bool, reach: int, rate: float, m
         monkeypatch.setattr(host, "MACS_PER_THREAD", 1)
         inputs, table = case.tensors(), numbers.float().requires_grad_()
         output = host.native_attention(
-            inputs[0], key=inputs[1], value=inputs[2], plan=plan, scale=0.25, dropout=dropout, table=table
+            inputs[0],
+            key=inputs[1],
+            value=inputs[2],
+            plan=plan,
+            scale=0.25,
+            dropout=dropout,
+            table=table,
+            first_distance=-reach,
         )
         by_threads.append([output, *torch.autograd.grad(output, (*inputs, table), weight.float())])
     for want, have, again in zip(expected, *by_threads, strict=True):
