@@ -8,9 +8,9 @@ import logging
 import pytest
 import torch
 
-from megaseq.base import NestedMap
+from megaseq.base import NestedMap, native
 from megaseq.kernels import dispatch, triton_runtime
-from megaseq.kernels.attention import fused
+from megaseq.kernels.attention import RelativeBias, fused
 from megaseq.layers import Alibi, EncoderDecoder, families, initialize
 from megaseq.layers.base import bind
 
@@ -22,7 +22,7 @@ def made(kind: str) -> EncoderDecoder:
     """A tiny model that trains, with dropout on its attention weights."""
     sizes = {"model_dim": 16, "hidden_dim": 20, "num_heads": 2, "num_layers": 2}
     if kind == "alibi":
-        p = families.transformer(**sizes, dropout=0.2)
+        p = families.transformer(**{**sizes, "model_dim": 32}, dropout=0.2)
         for stack in (p.encoder, p.decoder):
             stack.positions, stack.position_bias = None, Alibi.Params()
     else:
@@ -42,13 +42,16 @@ def loss_of(model: EncoderDecoder, *, device: torch.device) -> torch.Tensor:
     return torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids.flatten())
 
 
+@pytest.mark.parametrize("fused_by", ["triton", "native"])
 @pytest.mark.parametrize("kind", ["1.1", "umt5", "alibi"])
-def test_gradients_equal_those_of_the_reference(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    if not triton_runtime.installed():
+def test_gradients_equal_those_of_the_reference(kind: str, fused_by: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if fused_by == "triton" and not triton_runtime.installed():
         pytest.skip("Triton is not installed")
-    device = torch.device("cpu" if triton_runtime.interpreted() else "cuda")
+    if fused_by == "native" and not native.available():
+        pytest.skip("there is no compiled extension")
+    device = torch.device("cpu" if fused_by == "native" or triton_runtime.interpreted() else "cuda")
     found: list[dict[str, torch.Tensor]] = []
-    for implementation in ("triton", "reference"):
+    for implementation in (fused_by, "reference"):
         monkeypatch.setenv("MEGASEQ_KERNELS", f"attention={implementation}")
         model = made(kind).to(device)
         loss = loss_of(model, device=device)
@@ -59,6 +62,21 @@ def test_gradients_equal_those_of_the_reference(kind: str, monkeypatch: pytest.M
     assert any("position_bias" in name for name in found[0]) is (kind != "alibi")
     for name, want in found[1].items():
         torch.testing.assert_close(found[0][name], want, rtol=1e-4, atol=1e-5 * float(want.abs().max()), msg=name)
+
+
+@pytest.mark.skipif(not native.available(), reason="there is no compiled extension")
+def test_auto_takes_the_extension_in_host_memory(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Also with dropout and T5's bias, of which no full rows of weights are made."""
+    monkeypatch.setenv("MEGASEQ_KERNELS", "auto")
+    monkeypatch.setattr(dispatch, "_logged", set())
+    made_dense: list[object] = []
+    monkeypatch.setattr(RelativeBias, "dense", lambda *arguments, **sizes: made_dense.append(sizes))
+    with caplog.at_level(logging.INFO, logger="megaseq"):
+        loss_of(made("1.1"), device=torch.device("cpu"))
+    chosen = [record.getMessage() for record in caplog.records if "attention" in record.getMessage()]
+    assert chosen == ["attention: auto runs the native implementation"] and not made_dense
 
 
 def test_auto_takes_the_kernels_on_a_gpu(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:

@@ -11,9 +11,18 @@ from hypothesis import strategies as st
 
 from megaseq.base import ParamsError
 from megaseq.layers import Alibi, BucketedBias, LearnedPositions, Rotary, SinusoidalPositions, initialize
-from megaseq.layers.relative import alibi_slopes
+from megaseq.layers.relative import PositionBias, alibi_slopes
 
 PLACES = torch.tensor([[0, 1, 2, 0, 1, 2, 3, 0]])
+
+
+def dense_of(bias: PositionBias, *, length: int) -> torch.Tensor:
+    """The bias [1, N, T, T] that an attention without a table of distances is given."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MEGASEQ_KERNELS", "reference")
+        dense = bias(length, device=torch.device("cpu"))
+    assert isinstance(dense, torch.Tensor)
+    return dense
 
 
 def table(positions: SinusoidalPositions, *, length: int, dim: int) -> torch.Tensor:
@@ -90,7 +99,7 @@ def test_bucketed_bias_by_distance(bidirectional: bool) -> None:
     p = BucketedBias.Params(num_heads=3, bidirectional=bidirectional, num_buckets=8, max_distance=20)
     bias: BucketedBias = p.instantiate()
     initialize(bias, seed=1)
-    square = bias(30, device=torch.device("cpu"))
+    square = dense_of(bias, length=30)
     assert square.shape == (1, 3, 30, 30)
     for t in (0, 7, 29):
         for s in (0, 3, 29):
@@ -107,7 +116,7 @@ def test_bucketed_bias_by_distance(bidirectional: bool) -> None:
 def test_bucketed_bias_gets_gradients() -> None:
     bias: BucketedBias = BucketedBias.Params(num_heads=2, bidirectional=True).instantiate()
     initialize(bias, seed=1)
-    bias(5, device=torch.device("cpu")).sum().backward()
+    dense_of(bias, length=5).sum().backward()
     grad = bias.weight.grad
     assert grad is not None and float(grad.sum()) == 2 * 25
     assert float(grad[0, 0]) == 5.0  # distance zero, once in each row
@@ -128,8 +137,7 @@ def test_bias_by_distance_is_that_of_every_pair(num_buckets: int, further: int, 
     initialize(bias, seed=1)
     short, length = bias.relative(device=torch.device("cpu")), max_distance + 5
     assert short.table is not None and short.table.shape[1] <= (2 if bidirectional else 1) * max_distance + 1
-    dense = bias(length, device=torch.device("cpu"))
-    assert isinstance(dense, torch.Tensor)
+    dense = dense_of(bias, length=length)
     assert torch.equal(short.dense(query_length=length, key_length=length), dense)
 
 
@@ -139,7 +147,7 @@ def test_bias_by_distance_is_that_of_every_pair(num_buckets: int, further: int, 
 )
 def test_alibi_slopes(heads: int, slopes: list[float]) -> None:
     assert alibi_slopes(heads) == pytest.approx(slopes)
-    bias = Alibi.Params(num_heads=heads, bidirectional=False).instantiate()(4, device=torch.device("cpu"))
+    bias = dense_of(Alibi.Params(num_heads=heads, bidirectional=False).instantiate(), length=4)
     assert bias[0, :, 3, 1].tolist() == pytest.approx([-2 * slope for slope in slopes])
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -74,32 +76,28 @@ def attention(
         mask = None
     plain = soft_cap is None and dropout is None
     plan = None
-    if soft_cap is None and query.device.type == "cpu" and bias is None and mask is not None and shortcut is None:
+    cuttable = bias is None or (isinstance(bias, RelativeBias) and query_length == key_length)
+    if cuttable and soft_cap is None and query.device.type == "cpu" and mask is not None and shortcut is None:
         plan = mask.plan()
     unfit: str | None = "it is not made for this device"
     if wanted != "auto" or fused.preferred(query.device):
         unfit = fused.unfit(query, mask=mask, bias=bias, scale=scale, dropout=dropout)
-    impossible = _impossible(query, plain=plain, plan=plan, dropout=dropout, unfit=unfit)
-    automatic = "reference"
-    # What torch's flash attention computes without a mask in memory is left to it.
+    impossible = _impossible(query, bias=bias, plain=plain, plan=plan, dropout=dropout, unfit=unfit)
     flash = plain and bias is None and (mask is None or shortcut == "causal")
     if unfit is None and fused.preferred(query.device) and not flash:
+        # What torch's flash attention computes without a mask in memory is left to it.
         automatic = "triton"
-    elif plain:
-        automatic = "sdpa"
-        if plan is not None and "native" not in impossible and plan.longest <= NATIVE_MAX_LENGTH:
-            automatic = "native"
-        elif plan is not None and _worth_cutting(plan, sizes=(batch, query_length, key_length)):
-            automatic = "segments"
-    elif plan is not None and "native" not in impossible and plan.longest <= NATIVE_MAX_DROPPED_LENGTH:
-        automatic = "native"
+    else:
+        sizes = (batch, query_length, key_length)
+        automatic = _automatic(plan, sizes=sizes, plain=plain, biased=bias is not None, impossible=impossible)
     chosen = choose("attention", automatic=automatic, impossible=impossible)
     if chosen == "triton" and not isinstance(bias, Tensor):
         return fused.fused_attention(
             query, key=key, value=value, mask=mask, bias=bias, scale=scale, soft_cap=soft_cap, dropout=dropout
         )[0]
     if chosen == "native" and plan is not None:
-        return native_attention(query, key=key, value=value, plan=plan, scale=scale, dropout=dropout)
+        by_distance = bias if isinstance(bias, RelativeBias) else None
+        return native_attention(query, key=key, value=value, plan=plan, scale=scale, dropout=dropout, bias=by_distance)
     if chosen == "segments" and plan is not None:
         return segment_attention(query, key=key, value=value, plan=plan, scale=scale)
     if isinstance(bias, RelativeBias):
@@ -191,6 +189,8 @@ def attention_with_log_sum(
 def computes_bias(device: torch.device) -> bool:
     """Whether attention on `device` computes a bias from distances, so that a dense one need not be made for it."""
     wanted = requested("attention")
+    if device.type == "cpu" and wanted in ("auto", "native"):
+        return native.available()
     if wanted == "auto":
         return fused.preferred(device) and fused.unable_on(device.type) is None
     return wanted == "triton"
@@ -204,15 +204,23 @@ def _allowed(query: Tensor, *, key: Tensor, mask: AttentionMask | None) -> Tenso
 
 
 def _impossible(
-    query: Tensor, *, plain: bool, plan: SegmentPlan | None, dropout: DropoutMask | None, unfit: str | None
+    query: Tensor,
+    *,
+    bias: Tensor | RelativeBias | None,
+    plain: bool,
+    plan: SegmentPlan | None,
+    dropout: DropoutMask | None,
+    unfit: str | None,
 ) -> dict[str, str]:
     """Says which implementations cannot run a call, and why."""
     reasons = {} if unfit is None else {"triton": unfit}
     if not plain:
         reasons["sdpa"] = "it has neither a soft cap nor a reproducible dropout"
         reasons["segments"] = reasons["sdpa"]
+    if bias is not None:
+        reasons["segments"] = "it adds no bias"
     if plan is None:
-        wants = "it wants padded or packed rows in host memory, without bias, window and soft cap"
+        wants = "it wants padded or packed rows in host memory, without window, soft cap and bias of every pair"
         reasons["segments"] = reasons["native"] = wants
     elif query.dtype not in DTYPES or query.shape[3] % HEAD_BLOCK:
         reasons["native"] = f"it takes float32 or bfloat16 and heads of a width that {HEAD_BLOCK} divides"
@@ -221,6 +229,20 @@ def _impossible(
     elif native.extension() is None:
         reasons["native"] = "the compiled extension is not there"
     return reasons
+
+
+def _automatic(
+    plan: SegmentPlan | None, *, sizes: tuple[int, int, int], plain: bool, biased: bool, impossible: Mapping[str, str]
+) -> str:
+    """Which implementation is the fastest without Triton's kernels, for rows of `sizes` (B, T, S)."""
+    if plan is None:
+        return "sdpa" if plain else "reference"
+    limit = NATIVE_MAX_LENGTH if plain else NATIVE_MAX_DROPPED_LENGTH
+    if "native" not in impossible and plan.longest <= limit:
+        return "native"
+    if not plain:
+        return "reference"
+    return "segments" if not biased and _worth_cutting(plan, sizes=sizes) else "sdpa"
 
 
 def _worth_cutting(plan: SegmentPlan, *, sizes: tuple[int, int, int]) -> bool:

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from megaseq.base import native
+from megaseq.kernels.attention.relative_bias import RelativeBias
 from megaseq.kernels.attention.segments import PROBABILITY_BLOCK, SegmentPlan
 from megaseq.kernels.dropout import DropoutMask, mix_key
 from megaseq.kernels.dropout.reference import threshold_of
@@ -31,8 +32,7 @@ def native_attention(
     plan: SegmentPlan,
     scale: float,
     dropout: DropoutMask | None = None,
-    table: Tensor | None = None,
-    first_distance: int = 0,
+    bias: RelativeBias | None = None,
 ) -> Tensor:
     """Attends within each segment of packed rows.
 
@@ -43,15 +43,13 @@ def native_attention(
         plan: where the segments stand.
         scale: factor of the scores.
         dropout: which weights [B, N, T, S] become zero; its offset is one number, or one for each row.
-        table: [N, W], added to the scores by the distance of the key from the query, `first_distance` first; those
-            beyond either end have the bias of that end. Its gradient is summed in fp32, in one order. T and S must be
-            equal then.
-        first_distance: of the first column of `table`.
+        bias: added to the scores; T and S must be equal. The gradient of its table is summed in fp32, in one order.
 
     Returns:
         [B, T, N, H]; zeros for pads.
     """
-    return apply_one(_SegmentAttention, query, key, value, table, plan, scale, dropout, first_distance)
+    table, first = (None, 0) if bias is None else bias.as_table(length=key.shape[1])
+    return apply_one(_SegmentAttention, query, key, value, table, plan, scale, dropout, first)
 
 
 class _SegmentAttention(torch.autograd.Function):

@@ -56,6 +56,12 @@ class RelativeBias:
         table, slopes = (None if given is None else given[start:stop] for given in (self.table, self.slopes))
         return RelativeBias(table=table, first=self.first, slopes=slopes)
 
+    def as_table(self, *, length: int) -> tuple[Tensor, int]:
+        """Returns a table that holds for a row of `length` against itself, and the distance of its first column."""
+        if self.table is not None:
+            return self.table, self.first
+        return self._by_distance(1 - length, max(length, 1)), 1 - length
+
     def dense(self, *, query_length: int, key_length: int) -> Tensor:
         """Returns the bias of every pair, [1, N, T, S], made at the first call."""
         sizes = (query_length, key_length)
