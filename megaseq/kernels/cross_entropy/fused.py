@@ -17,6 +17,10 @@ from megaseq.kernels.cross_entropy.configs import BUDGET, memory_budget, tokens_
 from megaseq.kernels.cross_entropy.settings import CrossEntropy, LossSums, VocabularyShare
 from megaseq.kernels.functions import apply_many
 
+WORTH_WAITING = 1 << 35
+"""Tokens times width times classes from which on tokens of weight 0 are left out. The host must then wait for the
+device to say how many remain, some 30 microseconds; a tenth of the products of this size takes as long."""
+
 Wanted = tuple[bool, bool, bool]
 """Whether there is to be a gradient of hidden states, weight and bias."""
 
@@ -227,33 +231,52 @@ def run(
     vocabulary: VocabularyShare | None,
     wanted: Wanted,
 ) -> Made:
-    """Goes over all tokens that count, a chunk at a time; shapes as of `linear_cross_entropy`."""
+    """Goes over the tokens, a chunk at a time; shapes as of `linear_cross_entropy`."""
+    size = weight.shape[0] if vocabulary is None else vocabulary.size
     made = _outputs(hidden, weight=weight, bias=bias, settings=settings, vocabulary=vocabulary, wanted=wanted)
-    places = weights.nonzero()[:, 0]
-    all_count = places.numel() == weights.numel()
-    if not all_count:
-        labels, weights = labels.index_select(0, places), weights.index_select(0, places)
-    rows = hidden if all_count else hidden.index_select(0, places)
-    weights = weights.to(torch.float32).contiguous()
-    tokens = _Tokens(
-        rows=rows,
-        labels=labels.contiguous(),
-        weights=weights,
-        gradient=made.hidden if all_count else rows.new_empty(rows.shape if wanted[0] else (0,)),
-        parts=torch.empty(4, rows.shape[0], dtype=torch.float32, device=rows.device),
-    )
+    tokens, places = _counted(hidden, labels=labels, weights=weights, made=made, sparse=_is_sparse(hidden, size=size))
     head = _Head(
-        weight.to(rows.dtype),
-        bias=None if bias is None else bias.to(rows.dtype),
+        weight.to(hidden.dtype),
+        bias=None if bias is None else bias.to(hidden.dtype),
         settings=settings,
         vocabulary=vocabulary,
         made=made,
     )
     _run(tokens, head=head)
-    torch.cat([tokens.parts.sum(dim=1), weights.sum()[None]], out=made.sums)
-    if wanted[0] and not all_count:
+    torch.cat([tokens.parts.sum(dim=1), tokens.weights.sum()[None]], out=made.sums)
+    if wanted[0] and places is not None:
         made.hidden.zero_().index_copy_(0, places, tokens.gradient)
     return made
+
+
+def _is_sparse(hidden: Tensor, *, size: int) -> bool:
+    """Whether the tokens of weight 0 among `hidden` [N, D] are left out of the products with `size` classes."""
+    return hidden.numel() * size >= WORTH_WAITING
+
+
+def _counted(
+    hidden: Tensor, *, labels: Tensor, weights: Tensor, made: Made, sparse: bool
+) -> tuple[_Tokens, Tensor | None]:
+    """The tokens to go over, and if these are not all, their places [n]."""
+    places: Tensor | None = None
+    if sparse:
+        places = weights.nonzero()[:, 0]
+        places = None if places.numel() == weights.numel() else places
+    if places is not None:
+        rows, labels, weights = (tensor.index_select(0, places) for tensor in (hidden, labels, weights))
+    else:
+        # What is not finite in padding, or no label, must not reach the sums.
+        counts = weights != 0
+        rows = hidden if sparse else torch.where(counts[:, None], hidden, 0)
+        labels = labels if sparse else torch.where(counts, labels, 0)
+    tokens = _Tokens(
+        rows=rows,
+        labels=labels.contiguous(),
+        weights=weights.to(torch.float32).contiguous(),
+        gradient=made.hidden if places is None or not made.hidden.numel() else torch.empty_like(rows),
+        parts=torch.empty(4, rows.shape[0], dtype=torch.float32, device=rows.device),
+    )
+    return tokens, places
 
 
 @dataclass(frozen=True)
@@ -358,7 +381,8 @@ def _losses(logits: Tensor, *, tokens: _Tokens, head: _Head, graded: bool) -> No
     loss = (1 - smoothing) * nll + smoothing * (lse - logit_sum / vocabulary.size) if smoothing else nll
     z_loss = settings.z_loss * lse.square()
     correct = (of_label >= top).to(torch.float32)
-    torch.mul(torch.stack([loss + z_loss, nll, correct, z_loss]), tokens.weights, out=tokens.parts)
+    weighted = torch.stack([loss + z_loss, nll, correct, z_loss]) * tokens.weights
+    tokens.parts.copy_(torch.where(tokens.weights == 0, 0.0, weighted))
     if graded:
         triton_kernels.launch_gradient(
             logits,

@@ -113,10 +113,11 @@ def cross_entropy_kernel(
         loss = (1.0 - smoothing) * nll + (smoothing * lse - share * logit_sum)
     squared = z_loss * lse * lse
     OUT = PARTS_OUT + row
-    tl.store(OUT, weight * (loss + squared))
-    tl.store(OUT + parts_stride, weight * nll)
+    # The label of a token without weight is made up, and may be a forbidden class.
+    tl.store(OUT, tl.where(weight == 0.0, 0.0, weight * (loss + squared)))
+    tl.store(OUT + parts_stride, tl.where(weight == 0.0, 0.0, weight * nll))
     tl.store(OUT + 2 * parts_stride, tl.where(of_label >= top, weight, 0.0))
-    tl.store(OUT + 3 * parts_stride, weight * squared)
+    tl.store(OUT + 3 * parts_stride, tl.where(weight == 0.0, 0.0, weight * squared))
     if HAS_GRADIENT:
         _replace(ROW, num_classes, label, weight, lse, smoothing, share, z_loss, soft_cap, HAS_CAP, BLOCK)
 

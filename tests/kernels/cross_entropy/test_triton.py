@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from megaseq.kernels import CrossEntropy, linear_cross_entropy
-from megaseq.kernels.cross_entropy import LossSums, VocabularyShare
+from megaseq.kernels.cross_entropy import LossSums, VocabularyShare, fused
 from megaseq.kernels.cross_entropy.cases import CASES, TOLERANCE, CrossEntropyCase
 from megaseq.kernels.cross_entropy.configs import BUDGET, TILE, configs, tokens_of_chunk
 from megaseq.kernels.cross_entropy.fused import add_product, linear_cross_entropy_op
@@ -77,6 +77,14 @@ def test_sums_and_gradients_of_the_reference(case: CrossEntropyCase, dtype: torc
 
 
 @pytest.mark.usefixtures("forced")
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_many_tokens(case: CrossEntropyCase, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Then those of weight 0 are left out."""
+    monkeypatch.setattr(fused, "WORTH_WAITING", 0)
+    check(case, dtype=torch.float32, device=device)
+
+
+@pytest.mark.usefixtures("forced")
 @pytest.mark.parametrize("config", configs(), ids=lambda config: f"{config.blocks['BLOCK']}x{config.num_warps}")
 def test_all_tile_sizes(config: object, device: torch.device) -> None:
     with override(cross_entropy=config):  # type: ignore[arg-type]
@@ -85,16 +93,33 @@ def test_all_tile_sizes(config: object, device: torch.device) -> None:
 
 
 @pytest.mark.usefixtures("forced")
-def test_labels_of_weight_zero_are_not_read_and_cost_nothing(device: torch.device) -> None:
-    arguments = CASES[0].tensors(dtype=torch.float32, device=device.type)
-    expected = linear_cross_entropy(**arguments)  # type: ignore[arg-type]
-    labels, weights = arguments["labels"], arguments["weights"]
-    assert labels is not None and weights is not None and arguments["hidden"] is not None
+@pytest.mark.parametrize("many", [False, True])
+def test_tokens_of_weight_zero_are_not_read(many: bool, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fused, "WORTH_WAITING", 0 if many else 1 << 35)
+    arguments = CASES[2].tensors(dtype=torch.float32, device=device.type)
+    expected = linear_cross_entropy(**arguments, settings=CASES[2].settings)  # type: ignore[arg-type]
+    of_expected = gradients(expected.loss, arguments)
+    labels, weights, hidden = (arguments[name] for name in ("labels", "weights", "hidden"))
+    assert labels is not None and weights is not None and hidden is not None
     arguments["labels"] = torch.where(weights == 0, -100, labels)
-    found = linear_cross_entropy(**arguments)  # type: ignore[arg-type]
-    assert torch.equal(found.loss, expected.loss)
-    (gradient,) = torch.autograd.grad(found.loss, arguments["hidden"])
-    assert (gradient[weights == 0] == 0).all()
+    arguments["hidden"] = torch.where((weights == 0)[:, None], torch.nan, hidden.detach()).requires_grad_()
+    found = linear_cross_entropy(**arguments, settings=CASES[2].settings)  # type: ignore[arg-type]
+    assert all(torch.equal(have, want) for have, want in zip(found, expected, strict=True))
+    of_found = gradients(found.loss, arguments)
+    assert all(torch.equal(have, want) for have, want in zip(of_found, of_expected, strict=True))
+    assert (of_found[0][weights == 0] == 0).all()
+
+
+@pytest.mark.usefixtures("forced")
+def test_a_label_that_stands_in_may_be_forbidden(device: torch.device) -> None:
+    arguments = CrossEntropyCase("", count=7, num_classes=9).tensors(dtype=torch.float32, device=device.type)
+    arguments["bias"] = torch.tensor([-float("inf")] + [0.0] * 8, device=device)
+    labels, weight = arguments["labels"], arguments["weight"]
+    assert labels is not None and weight is not None
+    arguments["labels"] = torch.where(labels == 0, 1, labels)
+    sums = linear_cross_entropy(**arguments)  # type: ignore[arg-type]
+    assert all(bool(value.isfinite()) for value in sums)
+    assert torch.autograd.grad(sums.loss, weight)[0].isfinite().all()
 
 
 @pytest.mark.usefixtures("forced")
@@ -173,12 +198,14 @@ class Turns(Threads):
 
 
 @pytest.mark.usefixtures("forced")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("many", [False, True])
 @pytest.mark.parametrize("soft_cap", [None, 3.0])
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_ranks_that_share_the_vocabulary(
-    smoothing: float, soft_cap: float | None, dtype: torch.dtype, device: torch.device
+    smoothing: float, soft_cap: float | None, many: bool, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(fused, "WORTH_WAITING", 0 if many else 1 << 35)
+    dtype = torch.float32 if many else torch.bfloat16
     plan = CrossEntropy(label_smoothing=smoothing, z_loss=0.01, soft_cap=soft_cap, scale=0.5, chunk=4)
     case = CrossEntropyCase("", count=10, num_classes=40, settings=plan)
     arguments = case.tensors(dtype=dtype, device=device.type)
