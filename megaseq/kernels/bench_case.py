@@ -45,7 +45,8 @@ class Timed:
     bytes: float = 0.0
     """Bytes that one run must read and write at least."""
     goals: Mapping[str, float] = dataclasses.field(default_factory=dict)
-    """By peer: how many times as long it should take as the op; under "ceiling": the share of it to reach."""
+    """By peer: how many times as long it should take as the op; by "PEER:memory": how many times as much memory; by
+    "ceiling": the share of it to reach."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,6 +60,6 @@ class BenchCase:
     check: Callable[[torch.device], Mapping[str, Comparison]]
     """Runs the op and its reference on small tensors of the same kind: each output and gradient by name."""
     prepare: Callable[[torch.device], Timed]
-    """Makes the tensors of full size."""
+    """Makes the tensors of full size; on the host small ones, with which tests run what would be timed."""
     candidates: Mapping[str, Sequence[Config]] = dataclasses.field(default_factory=dict)
     """By kernel: the tile sizes that the tuner tries for this shape."""

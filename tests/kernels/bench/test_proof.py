@@ -85,12 +85,14 @@ def test_a_peer_that_cannot_run_is_reported(monkeypatch: pytest.MonkeyPatch) -> 
 
     monkeypatch.setattr(runner, "measure", measured)
     peers = {"flex": refuses, "plain": lambda: None}
-    timed = Timed(lambda: None, peers=peers, bytes=800.0, goals={"plain": 2.5, "flex": 1.5, "ceiling": 0.9})
+    goals = {"plain": 2.5, "plain:memory": 1.5, "flex": 1.5, "ceiling": 0.9}
+    timed = Timed(lambda: None, peers=peers, bytes=800.0, goals=goals)
     found = runner.time_case(case(timed=timed), device=HOST, best=BEST)
     assert found.peers["flex"] == "NotImplementedError: no backward on this device"
     assert found.ratio("plain") == pytest.approx(3) and found.ratio("flex") is None
     assert found.share_of_ceiling == pytest.approx(0.8) and found.rate == "800 GB/s"
-    assert found.missed() == ["flex", "ceiling"]
+    assert found.reached("plain:memory") == 1.0
+    assert found.missed() == ["plain:memory", "flex", "ceiling"]
 
 
 def test_host_proofs_are_in_float32() -> None:

@@ -1,0 +1,67 @@
+"""Forward and backward pass of an op as one call to be timed, and beside those of its reference."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from megaseq.kernels.bench_case import Comparison
+
+Outputs = Tensor | Sequence[Tensor]
+Op = Callable[[Sequence[Tensor]], Outputs]
+"""From its input tensors to its outputs; those that are differentiable are differentiated."""
+
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 4e-3}
+"""What rounding alone may cost, in units of the largest magnitude."""
+
+
+def both_passes(op: Op, *, inputs: Sequence[Tensor]) -> Callable[[], list[Tensor]]:
+    """Calls `op`, then differentiates what it gave by all inputs that want it; returns outputs and gradients."""
+    wanted = [tensor for tensor in inputs if tensor.requires_grad]
+
+    def run() -> list[Tensor]:
+        outputs = _listed(op(inputs))
+        # Any numbers do for the gradient that comes in; these are there.
+        differentiable = [output for output in outputs if output.requires_grad]
+        if not differentiable:
+            return outputs
+        incoming = [output.detach() for output in differentiable]
+        return [*outputs, *torch.autograd.grad(differentiable, wanted, incoming)]
+
+    return run
+
+
+def compare_passes(
+    op: Op, *, reference: Op, inputs: Sequence[Tensor], tolerance: float | None = None
+) -> dict[str, Comparison]:
+    """Outputs and gradients of `op` beside those of `reference`, which gets the same numbers in float64.
+
+    Args:
+        op: what is to be proven.
+        reference: what it must compute.
+        inputs: tensors of any kind; gradients are compared for those that want them.
+        tolerance: None: that of the type of the first one.
+    """
+    exact = [
+        tensor.detach().double().requires_grad_(tensor.requires_grad) if tensor.is_floating_point() else tensor
+        for tensor in inputs
+    ]
+    allowed = TOLERANCE[inputs[0].dtype] if tolerance is None else tolerance
+    found, expected = both_passes(op, inputs=inputs)(), both_passes(reference, inputs=exact)()
+    count = len(_listed(op(inputs)))
+    names = [f"output {index}" if index < count else f"gradient {index - count}" for index in range(len(expected))]
+    if len(found) != len(expected):
+        raise ValueError(f"the op gave {len(found)} outputs and gradients, the reference {len(expected)}")
+    return {name: Comparison(ours, theirs, allowed) for name, ours, theirs in zip(names, found, expected, strict=True)}
+
+
+def normal(*shape: int, device: torch.device, dtype: torch.dtype, seed: int = 0, trained: bool = True) -> Tensor:
+    """Normal numbers, the same at every call."""
+    generator = torch.Generator(device).manual_seed(seed)
+    return torch.randn(shape, generator=generator, device=device, dtype=dtype).requires_grad_(trained)
+
+
+def _listed(outputs: Outputs) -> list[Tensor]:
+    return [outputs] if isinstance(outputs, Tensor) else list(outputs)
