@@ -27,6 +27,7 @@ IMPLEMENTATIONS: Mapping[str, tuple[str, ...]] = {
     "attention": ("reference", "sdpa", "segments", "native", "triton"),
     "cross_entropy": ("reference", "chunked", "triton"),
     "dropout": ("reference", "native", "triton"),
+    "decode_attention": ("reference", "native", "triton"),
     "grouped_linear": ("reference", "grouped_mm"),
     "norm": ("reference", "torch", "apex", "triton"),
     "quantize": ("reference", "triton"),
