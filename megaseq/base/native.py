@@ -10,7 +10,7 @@ Three are equal but for rounding:
 
 - attention within segments, kernels/attention/host.py, whose twin is segments.py;
 - attention to places of a cache, kernels/attention/lookup.py, whose twin is MovingCache of layers/token_cache.py;
-- the best log-probabilities, decode/log_softmax.py.
+- the best log-probabilities, kernels/beam_step/log_softmax.py.
 
 `MEGASEQ_NATIVE=0` switches the extension off, which is how the tests reach the twins.
 """

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 import torch
 
-from megaseq.decode.log_softmax import log_softmax_topk
-from megaseq.decode.topk import NEG_INF, merged_topk, row_topk
+from megaseq.kernels.beam_step.log_softmax import log_softmax_topk
+from megaseq.kernels.beam_step.topk import NEG_INF, merged_topk, row_topk
 
 
 @dataclass(frozen=True)

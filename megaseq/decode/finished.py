@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from megaseq.decode.hypothesis import Hypothesis
-from megaseq.decode.topk import NEG_INF
+from megaseq.kernels.beam_step.topk import NEG_INF
 
 
 class Finished:

@@ -8,7 +8,7 @@ import torch
 
 from megaseq.base import REQUIRED
 from megaseq.decode.constraints import LogitsProcessor, View
-from megaseq.decode.topk import NEG_INF
+from megaseq.kernels.beam_step.topk import NEG_INF
 
 
 def _only(scores: torch.Tensor, *, token: int) -> torch.Tensor:

@@ -25,6 +25,7 @@ IMPLEMENTATIONS: Mapping[str, tuple[str, ...]] = {
     "activation": ("reference", "triton"),
     "adamw": ("reference", "torch", "apex", "triton"),
     "attention": ("reference", "sdpa", "segments", "native", "triton"),
+    "beam_step": ("reference", "native", "triton"),
     "cross_entropy": ("reference", "chunked", "triton"),
     "dropout": ("reference", "native", "triton"),
     "decode_attention": ("reference", "native", "triton"),

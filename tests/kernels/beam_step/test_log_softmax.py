@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 
 from megaseq.base import native
-from megaseq.decode.log_softmax import log_probabilities, log_softmax_topk
+from megaseq.kernels.beam_step.log_softmax import log_probabilities, log_softmax_topk
 
 NEG_INF = float("-inf")
 

@@ -6,7 +6,7 @@ import hypothesis.strategies as st
 import torch
 from hypothesis import given, settings
 
-from megaseq.decode.topk import merged_topk, ordered_keys, row_topk
+from megaseq.kernels.beam_step.topk import merged_topk, ordered_keys, row_topk
 
 
 @settings(max_examples=80, deadline=None)

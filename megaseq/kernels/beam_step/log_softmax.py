@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from megaseq.base import native
-from megaseq.decode.topk import row_topk
+from megaseq.kernels.beam_step.topk import row_topk
 
 LOGITS_PER_THREAD = 1 << 18
 """Logits that are worth a further thread."""
