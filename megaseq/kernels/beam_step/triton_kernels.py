@@ -161,7 +161,7 @@ def merge_chunks(
     # that would be so, too.
     low = tl.load(lows + at_chunk, mask=there, other=_LOWEST)
     cut = _number_of(border)
-    below = _number(tl.where(low == _LOWEST, 0, (low >> 32).to(tl.int32) - STEP))
+    below = _number(tl.where(low == _LOWEST, 0, (low >> 32).to(tl.int32)) - STEP)
     tied = (low != _LOWEST) & ((below - top[:, None]) - shift[:, None] == cut[:, None])
     if tl.max(tl.max(tied.to(tl.int32), 1), 0) > 0:
         for hyp in range(0, num_hyps):

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from megaseq.kernels import triton_runtime
+from megaseq.kernels.compile_case import CompileCase
 from megaseq.kernels.decode_attention import configs
 from megaseq.kernels.decode_attention.cache import KeyValueCache
 
@@ -112,8 +113,12 @@ TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2, to
 """Largest difference from the float64 reference of the same stored numbers that a correct implementation shows."""
 
 
-def compile_variants() -> list[tuple[str, Callable[[], None]]]:
-    """Launches of every kernel with every tile that may be chosen, by name; tensors on the host."""
+SPILL_BYTES = 32
+"""Bytes that a thread may spill: none in the loop over the keys, but some addresses of the output."""
+
+
+def compile_cases() -> list[CompileCase]:
+    """Launches of every kernel, and with every tile that may be chosen."""
     kinds: dict[str, dict[str, Any]] = {
         "cross": {"batch": 1},
         "cross_hypotheses": {"batch": 1, "lengths": "hypotheses", "soft_cap": 2.0},
@@ -122,7 +127,7 @@ def compile_variants() -> list[tuple[str, Callable[[], None]]]:
         "places_bias": {"batch": 1, "layout": "places", "biased": True},
         "places_grouped": {"batch": 1, "layout": "places", "num_key_heads": 2, "biased": True},
     }
-    variants = []
+    variants: list[CompileCase] = []
     for kind, options in kinds.items():
         for head_dim in (64, 128):
             case = DecodeCase(kind, head_dim=head_dim, num_hyps=4, length=64, **options)
@@ -137,7 +142,7 @@ def compile_variants() -> list[tuple[str, Callable[[], None]]]:
     return variants
 
 
-def _variants(case: DecodeCase, *, dtype: torch.dtype, tuned: bool) -> list[tuple[str, Callable[[], None]]]:
+def _variants(case: DecodeCase, *, dtype: torch.dtype, tuned: bool) -> list[CompileCase]:
     """The launches of one case: with the default tile, or with all that a tuner tries."""
     group = case.num_heads // case.num_key_heads
     rows = group * (1 if case.layout == "places" else case.num_hyps)
@@ -146,7 +151,8 @@ def _variants(case: DecodeCase, *, dtype: torch.dtype, tuned: bool) -> list[tupl
         tile = "_".join(f"{name.lower()}{size}" for name, size in config.blocks.items())
         kind = str(dtype).removeprefix("torch.")
         name = f"{case.name}-{kind}-h{case.head_dim}-{tile}-w{config.num_warps}-s{config.num_stages}"
-        found.append((name, _launch(case, dtype=dtype, config=config, both=tuned)))
+        run = _launch(case, dtype=dtype, config=config, both=tuned)
+        found.append(CompileCase(name, run, spill_bytes=SPILL_BYTES))
     return found
 
 
