@@ -17,10 +17,10 @@ from megaseq.decode import candidates, termination
 from megaseq.decode.constraints import View, forbid_early_end, force_prefix
 from megaseq.decode.finished import Finished
 from megaseq.decode.hypothesis import Hypothesis
-from megaseq.kernels.beam_step.log_softmax import log_probabilities
 from megaseq.decode.protocol import StepDecoder, step_with_attention
 from megaseq.decode.scoring import Scoring
 from megaseq.decode.search import Limits, Search, raise_nan
+from megaseq.kernels.beam_step.log_softmax import log_probabilities
 from megaseq.kernels.beam_step.topk import NEG_INF
 
 

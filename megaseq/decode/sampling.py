@@ -10,8 +10,8 @@ from megaseq.base import NestedMap
 from megaseq.decode.hypothesis import Hypothesis
 from megaseq.decode.protocol import StepDecoder
 from megaseq.decode.random_bits import uniform
-from megaseq.kernels.beam_step.topk import NEG_INF, row_topk
 from megaseq.decode.walk import Choice, Walk
+from megaseq.kernels.beam_step.topk import NEG_INF, row_topk
 
 
 class Sampler(Walk):

@@ -9,9 +9,9 @@ import torch
 from megaseq.base import NestedMap
 from megaseq.decode.constraints import View, forbid_early_end, force_prefix
 from megaseq.decode.hypothesis import Hypothesis
-from megaseq.kernels.beam_step.log_softmax import log_probabilities
 from megaseq.decode.protocol import StepDecoder
 from megaseq.decode.search import Limits, Search, raise_nan
+from megaseq.kernels.beam_step.log_softmax import log_probabilities
 
 
 @dataclass

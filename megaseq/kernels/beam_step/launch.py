@@ -62,15 +62,16 @@ def triton_beam_step(
     forbidden = total if forbid_eos is None else forbid_eos
     forbid_stride = 0 if forbid_eos is None else forbid_eos.stride(0)
     best_of_chunks[(num_chunks * rows,)](
-        logits, forbidden, tops, sums, lows, keys, vocab, *logits.stride(), rule.eos_id, num_hyps, keep, num_chunks, tiles,
-        tiles_per_chunk, forbid_stride, NORMALISED=normalised, FORBID=forbid_eos is not None, TOP=_power(keep),
+        logits, forbidden, tops, sums, lows, keys, vocab, *logits.stride(), rule.eos_id, num_hyps, keep, num_chunks,
+        tiles, tiles_per_chunk, forbid_stride, NORMALISED=normalised, FORBID=forbid_eos is not None, TOP=_power(keep),
         **config.arguments(),
     )  # fmt: skip
     merging = triton_runtime.config("beam_step_merge", key=f"hyps={hyps}", default=configs.merging(hyps))
     merge_chunks[(batch,)](
         logits, forbidden, tops, sums, lows, keys, total, *step,
         vocab, *logits.stride(), rule.eos_id, num_hyps, count, rule.size, keep, num_chunks,
-        rule.max_logit_delta, rule.local_threshold, *total.stride(), forbid_stride, NORMALISED=normalised, FORBID=forbid_eos is not None, STEP=1 << BITS_BELOW[logits.dtype],
+        rule.max_logit_delta, rule.local_threshold, *total.stride(), forbid_stride,
+        NORMALISED=normalised, FORBID=forbid_eos is not None, STEP=1 << BITS_BELOW[logits.dtype],
         HYPS=hyps, CHUNKS=_power(num_chunks), CANDIDATES=_power(num_chunks * keep), COUNT=_power(count),
         BLOCK=config.blocks["BLOCK"], **merging.arguments(),
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""A step of beam search in plain torch: what every other implementation must compute. It never reads from the device."""
+"""A step of beam search in plain torch: what every other implementation must compute. It reads nothing back."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
 # mypy: ignore-errors
 """Triton: one pass over the logits for their sum and their best, and one program a source that merges.
 
-What is compared is an int64 key of (number, id): the number's bits, made to order as integers do, above 2 ** 32 - 1 - id,
-so that one maximum finds the best, and the lower id among equals. The best are found one maximum at a time, never by
-sorting.
+What is compared is an int64 key of (number, id): the number's bits, made to order as integers do, above
+2 ** 32 - 1 - id, so that one maximum finds the best, and the lower id among equals. The best are found one maximum at a
+time, never by sorting.
 
 Legend: B sources, K hypotheses, V vocabulary, C proposals of each hypothesis.
 """
@@ -64,12 +64,13 @@ def _insert(keys, best):
 @triton.jit
 def best_of_chunks(
     logits, forbid_eos, tops, sums, lows, keys, vocab, row_stride, stride, eos_id, num_hyps, keep, num_chunks, tiles,
-    tiles_per_chunk, forbid_stride, NORMALISED: tl.constexpr, FORBID: tl.constexpr, TOP: tl.constexpr, BLOCK: tl.constexpr,
+    tiles_per_chunk, forbid_stride, NORMALISED: tl.constexpr, FORBID: tl.constexpr, TOP: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The largest logit of a chunk of one row, the sum of exponentials below it, and the chunk's `keep` best.
 
-    Writes tops, sums and the worst key of those kept where some are not, [B * K, chunks], and keys [B * K, chunks, keep]
-    in no order. NORMALISED: the sum is NaN if a number is, and else 0.
+    Writes tops, sums and the worst key of those kept where some are not, [B * K, chunks], and the keys kept,
+    [B * K, chunks, keep], in no order. NORMALISED: the sum is NaN if a number is, and else 0.
     """
     chunk = tl.program_id(0) % num_chunks
     row = (tl.program_id(0) // num_chunks).to(tl.int64)
@@ -108,10 +109,39 @@ def best_of_chunks(
 
 
 @triton.jit
+def _look_again(
+    best, logits, top, shift, source, forbidden, vocab, row_stride, stride, eos_id, num_hyps, count,
+    FORBID: tl.constexpr, HYPS: tl.constexpr, COUNT: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The best keys [HYPS, COUNT] of a source by a second pass over its logits, which compares values."""
+    k = tl.arange(0, HYPS)
+    column = tl.arange(0, COUNT)
+    for hyp in range(0, num_hyps):
+        mine = k == hyp
+        its_top = tl.sum(tl.where(mine, top, 0.0), 0)
+        its_shift = tl.sum(tl.where(mine, shift, 0.0), 0)
+        exact = _no_best(count, COUNT)
+        for first in range(0, vocab, BLOCK):
+            v = (first + tl.arange(0, BLOCK)).to(tl.int64)
+            within = v < vocab
+            at = (source * num_hyps + hyp) * row_stride + v * stride
+            x = tl.load(logits + at, mask=within, other=float("-inf")).to(tl.float32)
+            if FORBID:
+                x = tl.where(forbidden & (v == eos_id), float("-inf"), x)
+            exact = _insert(tl.where(within, _keys((x - its_top) - its_shift, v), _LOWEST), exact)
+        exact = tl.where(column < count, exact, _LOWEST)
+        for i in range(0, count):
+            found = tl.max(exact, 0)
+            best = tl.where(mine[:, None] & (column[None, :] == i), found, best)
+            exact = tl.where(exact == found, _LOWEST, exact)
+    return best
+
+
+@triton.jit
 def merge_chunks(
-    logits, forbid_eos, tops, sums, lows, keys, total, score, ids, eos_score, eos_allowed, next_score, next_parents, next_ids,
-    vocab, row_stride, stride, eos_id, num_hyps, count, size, keep, num_chunks, delta, threshold, total_b, total_k,
-    forbid_stride, NORMALISED: tl.constexpr, FORBID: tl.constexpr, STEP: tl.constexpr, HYPS: tl.constexpr,
+    logits, forbid_eos, tops, sums, lows, keys, total, score, ids, eos_score, eos_allowed, next_score, next_parents,
+    next_ids, vocab, row_stride, stride, eos_id, num_hyps, count, size, keep, num_chunks, delta, threshold, total_b,
+    total_k, forbid_stride, NORMALISED: tl.constexpr, FORBID: tl.constexpr, STEP: tl.constexpr, HYPS: tl.constexpr,
     CHUNKS: tl.constexpr, CANDIDATES: tl.constexpr, COUNT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The step of one source, of what `best_of_chunks` left of its hypotheses. STEP: between the ordered bits of
@@ -164,24 +194,10 @@ def merge_chunks(
     below = _number(tl.where(low == _LOWEST, 0, (low >> 32).to(tl.int32)) - STEP)
     tied = (low != _LOWEST) & ((below - top[:, None]) - shift[:, None] == cut[:, None])
     if tl.max(tl.max(tied.to(tl.int32), 1), 0) > 0:
-        for hyp in range(0, num_hyps):
-            mine = k == hyp
-            its_top = tl.sum(tl.where(mine, top, 0.0), 0)
-            its_shift = tl.sum(tl.where(mine, shift, 0.0), 0)
-            exact = _no_best(count, COUNT)
-            for first in range(0, vocab, BLOCK):
-                v = (first + tl.arange(0, BLOCK)).to(tl.int64)
-                within = v < vocab
-                at = (source * num_hyps + hyp) * row_stride + v * stride
-                x = tl.load(logits + at, mask=within, other=float("-inf")).to(tl.float32)
-                if FORBID:
-                    x = tl.where(forbidden & (v == eos_id), float("-inf"), x)
-                exact = _insert(tl.where(within, _keys((x - its_top) - its_shift, v), _LOWEST), exact)
-            exact = tl.where(column < count, exact, _LOWEST)
-            for i in range(0, count):
-                found = tl.max(exact, 0)
-                best = tl.where(mine[:, None] & (column[None, :] == i), found, best)
-                exact = tl.where(exact == found, _LOWEST, exact)
+        best = _look_again(
+            best, logits, top, shift, source, forbidden, vocab, row_stride, stride, eos_id, num_hyps, count,
+            FORBID, HYPS, COUNT, BLOCK,
+        )  # fmt: skip
 
     real = live[:, None] & (column < count)[None, :]
     value = tl.where(broken[:, None], float("nan"), _number_of(best))

@@ -25,6 +25,30 @@ def _as_numbers(entries, dtype: tl.constexpr, E4M3_BITS: tl.constexpr):
 
 
 @triton.jit
+def _scores(
+    q, k, j, ends, seen, key_scale, at_scale, at_head_scale, read, bias, query_head, columns, bias_n, bias_d, scale,
+    soft_cap, BIAS: tl.constexpr, SOFT_CAP: tl.constexpr, SCALES: tl.constexpr, MATRIX: tl.constexpr,
+):  # fmt: skip
+    """Scores [ROWS, BLOCK_N] of q [ROWS, WIDTH] and k [BLOCK_N, WIDTH] at places j; -inf where not seen."""
+    if MATRIX:
+        scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+    else:
+        scores = tl.sum(q.to(tl.float32) * k.to(tl.float32), 1)[None, :] * scale
+    if SCALES == 1:
+        scores = scores * tl.load(key_scale + at_head_scale)
+    if SCALES == 2:
+        scores = scores * tl.load(key_scale + at_scale, mask=read, other=0.0)[None, :]
+    if SOFT_CAP:
+        # tanh by way of the sigmoid, which does not overflow.
+        scores = soft_cap * (2.0 * tl.sigmoid(2.0 * scores / soft_cap) - 1.0)
+    if BIAS:
+        column = tl.minimum(tl.maximum(columns - ends[:, None] + j[None, :], 0), columns - 1)
+        at_bias = bias + query_head.to(tl.int64)[:, None] * bias_n + column * bias_d
+        scores += tl.load(at_bias, mask=seen, other=0.0).to(tl.float32)
+    return tl.where(seen, scores, float("-inf"))
+
+
+@triton.jit
 def attend_share(
     query, key, value, table, lengths, bias, key_scale, value_scale, output, log_sums,
     scale, soft_cap, window, num_hyps, group, num_heads, width, page, capacity, columns, row_tiles,
@@ -92,24 +116,12 @@ def attend_share(
             c = j.to(tl.int64)
         at_key = (x * key_x + c * key_c + m * key_m)[:, None] + w[None, :] * key_h
         k = _as_numbers(tl.load(key + at_key, mask=read[:, None] & inside, other=0.0), dtype, E4M3_BITS)
-        if MATRIX:
-            scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
-        else:
-            scores = tl.sum(q.to(tl.float32) * k.to(tl.float32), 1)[None, :] * scale
         at_scale = x * scale_x + c * scale_c + m * scale_m
-        if SCALES == 1:
-            scores = scores * tl.load(key_scale + m * scale_m)
-        if SCALES == 2:
-            scores = scores * tl.load(key_scale + at_scale, mask=read, other=0.0)[None, :]
-        if SOFT_CAP:
-            # tanh by way of the sigmoid, which does not overflow.
-            scores = soft_cap * (2.0 * tl.sigmoid(2.0 * scores / soft_cap) - 1.0)
         seen = live[:, None] & (j[None, :] < ends[:, None]) & (j[None, :] >= starts[:, None])
-        if BIAS:
-            column = tl.minimum(tl.maximum(columns - ends[:, None] + j[None, :], 0), columns - 1)
-            at_bias = bias + query_head.to(tl.int64)[:, None] * bias_n + column * bias_d
-            scores += tl.load(at_bias, mask=seen, other=0.0).to(tl.float32)
-        scores = tl.where(seen, scores, float("-inf"))
+        scores = _scores(
+            q, k, j, ends, seen, key_scale, at_scale, m * scale_m, read, bias, query_head, columns, bias_n, bias_d,
+            scale, soft_cap, BIAS, SOFT_CAP, SCALES, MATRIX,
+        )  # fmt: skip
 
         higher = tl.maximum(top, tl.max(scores, 1))
         safe = tl.where(higher == float("-inf"), 0.0, higher)
