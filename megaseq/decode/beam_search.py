@@ -13,13 +13,14 @@ from typing import Literal
 import torch
 
 from megaseq.base import NestedMap
-from megaseq.decode import candidates, termination
+from megaseq.decode import candidates
 from megaseq.decode.constraints import View, forbid_early_end, force_prefix
+from megaseq.decode.device_loop import DeviceLoop
 from megaseq.decode.finished import Finished
 from megaseq.decode.hypothesis import Hypothesis
 from megaseq.decode.protocol import StepDecoder, step_with_attention
-from megaseq.decode.scoring import Scoring
-from megaseq.decode.search import Limits, Search, raise_nan
+from megaseq.decode.rules import BeamRules
+from megaseq.decode.search import Limits, Search, check_eos, raise_nan
 from megaseq.kernels.beam_step.log_softmax import log_probabilities
 from megaseq.kernels.beam_step.topk import NEG_INF
 
@@ -70,12 +71,18 @@ class BeamSearch(Search):
         "never": stop at K finished; when the best active one scores no better at its present length than the K-th
         finished; or would score no better at the longest possible length."""
 
+        device_loop: bool | None = None
+        """Whether sources that are done stay in the batch, masked, so that no step waits for the host; otherwise they
+        leave at once, and late steps cost only what is left. The outputs are the same. None: on a GPU."""
+        device_loop_steps: int = 16
+        """With `device_loop`: steps after which the host looks which sources are done, and drops those."""
+
         def validate(self) -> Iterator[str]:
             """Yields options that contradict each other."""
             yield from super().validate()
-            for name in ("num_hyps_per_beam", "num_best"):
+            for name in ("num_hyps_per_beam", "num_best", "device_loop_steps"):
                 if getattr(self, name) < 1:
-                    yield f"{name}: must be at least 1, but is {getattr(self, name)}. Use 1 for the single best."
+                    yield f"{name}: must be at least 1, but is {getattr(self, name)}. Use 1 or more."
             if self.beam_size <= 0:
                 yield f"beam_size: must be above 0, but is {self.beam_size}. It is a gap in nats; the default is 3.0."
             if self.target_seq_length_ratio <= 0:
@@ -89,10 +96,7 @@ class BeamSearch(Search):
 
     def __init__(self, p: Params) -> None:
         super().__init__(p)
-        self._rule = candidates.EosRule(
-            self.eos_id, p.valid_eos_max_logit_delta, p.local_eos_threshold, p.force_eos_in_top_k
-        )
-        self._scoring = Scoring(p.length_normalization, p.length_penalty, p.coverage_penalty, p.target_seq_length_ratio)
+        self._rules = BeamRules(p, eos_id=self.eos_id)
 
     @torch.no_grad()
     def search(
@@ -120,8 +124,13 @@ class BeamSearch(Search):
         num_sources, device = start.tokens.shape[0], start.tokens.device
         if num_sources == 0:
             return []
+        num_steps = int(start.limits.most.max())
+        if start.tokens.is_cuda if p.device_loop is None else p.device_loop:
+            loop = DeviceLoop(self._rules, constraints=self._constraints, steps_between_looks=p.device_loop_steps)
+            found = loop.search(decoder, start=start, num_steps=num_steps, prefix=prefix)
+            return found.hypotheses(num_best=p.num_best)
         size = max(p.num_hyps_per_beam, p.num_best)
-        finished = Finished(num_sources, size=size, steps=int(start.limits.most.max()), device=device)
+        finished = Finished(num_sources, size=size, steps=num_steps, device=device)
         beam = _Beam(
             rows=torch.arange(num_sources, device=device),
             total=torch.zeros(num_sources, 1, device=device),
@@ -153,7 +162,8 @@ class BeamSearch(Search):
         p = self.params
         last = beam.limits.most <= step + 1
         proposals = self._propose(beam, logits=logits, step=step, last=last, prefix=prefix)
-        ended, going = self._split(proposals, last=last)
+        going = candidates.next_beam(proposals, eos_id=self.eos_id, size=p.num_hyps_per_beam)
+        ended = self._rules.ended(proposals, going=going, last=last)
         if step == 0 and not p.allow_empty_terminated_hyp:
             ended = ended.where(ended.ids != self.eos_id)
         has_ended = ended.score > NEG_INF
@@ -161,7 +171,7 @@ class BeamSearch(Search):
         if has_ended.is_cuda or bool(has_ended.any()):
             self._finish(beam, ended=ended, finished=finished)
 
-        done = self._done(going.score, beam=beam, finished=finished, length=step + 1)
+        done = self._rules.done(going.score, finished=finished, rows=beam.rows, most=beam.limits.most, length=step + 1)
         if not p.terminate_beams_independently:
             done = done.all().expand_as(done)
         done = done | last | (going.score[:, 0] == NEG_INF)
@@ -192,13 +202,12 @@ class BeamSearch(Search):
         """The best extensions of every hypothesis, after all constraints."""
         p = self.params
         batch, num_hyps = beam.total.shape
-        self.check_eos(logits)
-        size = p.num_hyps_per_beam
-        count = size + 1 if p.candidates == "per_hyp" else 2 * size
+        check_eos(logits, eos_id=self.eos_id)
+        count, rule = self._rules.count, self._rules.eos
         early = p.min_seq_len > step or p.min_length_ratio > 0
         forced = prefix is not None and step < prefix.shape[1]
         if not (self._constraints or early or forced):
-            return candidates.propose_from_logits(logits, total=beam.total, count=count, rule=self._rule)
+            return candidates.propose_from_logits(logits, total=beam.total, count=count, rule=rule)
         scores = log_probabilities(logits).view(batch, num_hyps, -1)
         if self._constraints:
             view = View(ids=beam.ids, rows=beam.rows, last=last, eos_id=self.eos_id)
@@ -207,62 +216,19 @@ class BeamSearch(Search):
             scores = forbid_early_end(scores, step=step, least=beam.limits.least, eos_id=self.eos_id)
         if prefix is not None and forced:
             scores = force_prefix(scores, wanted=prefix[beam.rows, step])
-        return candidates.propose(scores, total=beam.total, count=count, rule=self._rule)
-
-    def _split(
-        self, proposals: candidates.Proposals, *, last: torch.Tensor
-    ) -> tuple[candidates.Extensions, candidates.Extensions]:
-        """Which extensions end, [B, E], and which go on, [B, K]."""
-        p = self.params
-        size, eos_id = p.num_hyps_per_beam, self.eos_id
-        going = candidates.next_beam(proposals, eos_id=eos_id, size=size)
-        is_eos = proposals.ids == eos_id
-        unfinished = going
-        if p.candidates == "merged":
-            best = candidates.merged_candidates(proposals, size=size)
-            unfinished = best.where(best.ids != eos_id)
-            ranked = ((best.ids == eos_id) & (best.score > NEG_INF)).long()
-            among = torch.zeros_like(is_eos[..., 0], dtype=torch.long).scatter_add(1, best.parents, ranked) > 0
-        else:
-            among = is_eos.any(dim=-1)
-        force = last if p.force_eos_in_last_step else torch.zeros_like(last)
-        ended = candidates.ended_hypotheses(proposals, among=among, rule=self._rule, force=force)
-        if p.keep_unfinished:
-            rest = unfinished.where(last.unsqueeze(1).expand_as(unfinished.score))
-            ended = candidates.Extensions(
-                torch.cat([ended.score, rest.score], dim=1),
-                torch.cat([ended.parents, rest.parents], dim=1),
-                torch.cat([ended.ids, rest.ids], dim=1),
-            )
-        return ended, going
+        return candidates.propose(scores, total=beam.total, count=count, rule=rule)
 
     def _finish(self, beam: _Beam, *, ended: candidates.Extensions, finished: Finished) -> None:
         """Puts what ended in this step on the n-best lists."""
         ids = torch.cat([beam.ids_of(ended.parents), ended.ids.unsqueeze(-1)], dim=-1)
         length = torch.full((1,), ids.shape[-1], device=ids.device)
-        score = ended.score / self._scoring.norm(length)
+        score = ended.score / self._rules.scoring.norm(length)
         if beam.attention is not None:
-            score = score + self._scoring.coverage(beam.attention_of(ended.parents), mask=beam.source_mask())
+            score = score + self._rules.scoring.coverage(beam.attention_of(ended.parents), mask=beam.source_mask())
         score = score.masked_fill(ended.score == NEG_INF, NEG_INF)
         is_eos = ended.ids == self.eos_id
-        finished.add(beam.rows, score=score, logprob=ended.score, ids=ids, ended=is_eos)
-
-    def _done(self, active: torch.Tensor, *, beam: _Beam, finished: Finished, length: int) -> torch.Tensor:
-        """Which sources the termination rule ends, [B]."""
-        p, rows, size = self.params, beam.rows, self.params.num_hyps_per_beam
-        if p.termination == "score_gap":
-            needed = size if p.ensure_full_beam else 0
-            return termination.score_gap(active, finished=finished, rows=rows, gap=p.beam_size, needed=needed)
-        reach = torch.full_like(beam.limits.most, length)
-        exponent = p.length_normalization if p.length_penalty is None else p.length_penalty
-        if p.termination == "never" and exponent > 0:
-            reach = beam.limits.most
-        done = termination.no_better(
-            active, finished=finished, rows=rows, num_hyps=size, length=reach, scoring=self._scoring
-        )
-        if p.termination == "full_beam":
-            done = done | termination.full_beam(finished=finished, rows=rows, num_hyps=size)
-        return done
+        lengths = is_eos.logical_not().long() + (ids.shape[-1] - 1)
+        finished.add(beam.rows, score=score, logprob=ended.score, ids=ids, lengths=lengths, ended=is_eos)
 
 
 @dataclass

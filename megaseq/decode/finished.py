@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
 
 from megaseq.decode.hypothesis import Hypothesis
@@ -27,7 +29,14 @@ class Finished:
         self._ids = torch.zeros((num_sources, size, steps), dtype=torch.long, device=device)
 
     def add(
-        self, rows: torch.Tensor, *, score: torch.Tensor, logprob: torch.Tensor, ids: torch.Tensor, ended: torch.Tensor
+        self,
+        rows: torch.Tensor,
+        *,
+        score: torch.Tensor,
+        logprob: torch.Tensor,
+        ids: torch.Tensor,
+        lengths: torch.Tensor,
+        ended: torch.Tensor,
     ) -> None:
         """Adds the hypotheses that finished in one step; among equals, those that came first stay ahead.
 
@@ -35,8 +44,9 @@ class Finished:
             rows: [B'] the sources they belong to, each at most once.
             score: [B', E] their ranking scores; -inf where there is no hypothesis.
             logprob: [B', E].
-            ids: [B', E, L] their tokens; the last one is the end-of-sequence token where `ended`.
-            ended: [B', E].
+            ids: [B', E, L] their tokens, and whatever behind them.
+            lengths: [B', E], how many tokens, without an end-of-sequence token.
+            ended: [B', E], whether such a token closed them.
         """
         size, num_ids = self.score.shape[1], ids.shape[-1]
         present = score > NEG_INF
@@ -49,13 +59,25 @@ class Finished:
         self.score[rows] = scores[:, :size]
         for kept, new in (
             (self._logprob, logprob),
-            (self._length, ended.logical_not().long() + (num_ids - 1)),
+            (self._length, lengths),
             (self._ended, ended),
         ):
             kept[rows] = torch.cat([kept[rows], new], dim=1).gather(1, order)
         merged = torch.cat([self._ids[rows][..., :num_ids], ids], dim=1)
         longer = order.unsqueeze(-1).expand(-1, -1, num_ids)
         self._ids[rows, :, :num_ids] = merged.gather(1, longer)
+
+    def take(self, rows: torch.Tensor) -> Finished:
+        """A copy with the sources `rows` [B'] alone."""
+        taken = copy.copy(self)
+        for name, tensor in vars(self).items():
+            setattr(taken, name, tensor[rows])
+        return taken
+
+    def put(self, rows: torch.Tensor, other: Finished) -> None:
+        """Replaces what there is of the sources `rows` [B'] by `other`, of B' sources."""
+        for name, tensor in vars(self).items():
+            tensor[rows] = getattr(other, name)
 
     def hypotheses(self, *, num_best: int) -> list[list[Hypothesis]]:
         """The best `num_best` of each source, best first; fewer where fewer finished."""

@@ -49,6 +49,22 @@ class StepDecoder(Protocol):
         ...
 
 
+class Reordering(Protocol):
+    """What a `StepDecoder` may have beside, so that a search on a device need not wait for the host."""
+
+    def reorder(self, state: State, *, hyps: torch.Tensor) -> State:
+        """As `StepDecoder.select` with all B sources, reading nothing back from the device; `hyps` [B, K']."""
+        ...
+
+
+def reorder(decoder: StepDecoder, *, state: State, sources: torch.Tensor, hyps: torch.Tensor) -> State:
+    """Goes on with the hypotheses `hyps` [B, K'] of all sources; `sources` are the numbers 0 to B - 1, [B]."""
+    if hasattr(decoder, "reorder"):
+        reordering: Reordering = decoder
+        return reordering.reorder(state, hyps=hyps)
+    return decoder.select(state, sources=sources, hyps=hyps)
+
+
 def step_with_attention(
     decoder: StepDecoder, *, state: State, tokens: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, State]:

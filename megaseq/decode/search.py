@@ -102,13 +102,14 @@ class Search(Configurable):
         tokens = torch.full((lengths.shape[0],), self.sos_id, dtype=torch.long, device=lengths.device)
         return Start(state=state, tokens=tokens, lengths=lengths, limits=self.limits(lengths))
 
-    def check_eos(self, logits: torch.Tensor) -> None:
-        """Raises DecodeError if the vocabulary of `logits` [..., V] has no end-of-sequence token: none would end."""
-        if logits.shape[-1] <= self.eos_id:
-            raise DecodeError(
-                f"target_eos_id: must be below the vocabulary's {logits.shape[-1]}, but is {self.eos_id}. "
-                "Set the model's own end-of-sequence id."
-            )
+
+def check_eos(logits: torch.Tensor, *, eos_id: int) -> None:
+    """Raises DecodeError if the vocabulary of `logits` [..., V] has no end-of-sequence token: none would end."""
+    if logits.shape[-1] <= eos_id:
+        raise DecodeError(
+            f"target_eos_id: must be below the vocabulary's {logits.shape[-1]}, but is {eos_id}. "
+            "Set the model's own end-of-sequence id."
+        )
 
 
 @dataclass

@@ -10,7 +10,7 @@ from megaseq.base import NestedMap
 from megaseq.decode.constraints import View, forbid_early_end, force_prefix
 from megaseq.decode.hypothesis import Hypothesis
 from megaseq.decode.protocol import StepDecoder
-from megaseq.decode.search import Limits, Search, raise_nan
+from megaseq.decode.search import Limits, Search, check_eos, raise_nan
 from megaseq.kernels.beam_step.log_softmax import log_probabilities
 
 
@@ -84,7 +84,7 @@ class Walk(Search):
     def _extend(self, outputs: _Outputs, *, logits: torch.Tensor, prefix: torch.Tensor | None) -> None:
         """Adds one token to every output; `logits` [B, N or 1, V]."""
         p, step = self.params, outputs.ids.shape[-1]
-        self.check_eos(logits)
+        check_eos(logits, eos_id=self.eos_id)
         scores = logits.float()
         model = log_probabilities(scores)
         if self._constraints:
