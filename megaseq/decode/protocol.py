@@ -5,7 +5,7 @@ Shapes: B sources still in the batch, K hypotheses of each, S source positions, 
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 
@@ -60,8 +60,7 @@ class Reordering(Protocol):
 def reorder(decoder: StepDecoder, *, state: State, sources: torch.Tensor, hyps: torch.Tensor) -> State:
     """Goes on with the hypotheses `hyps` [B, K'] of all sources; `sources` are the numbers 0 to B - 1, [B]."""
     if hasattr(decoder, "reorder"):
-        reordering: Reordering = decoder
-        return reordering.reorder(state, hyps=hyps)
+        return cast(Reordering, decoder).reorder(state, hyps=hyps)
     return decoder.select(state, sources=sources, hyps=hyps)
 
 
