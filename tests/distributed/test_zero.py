@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 import tempfile
@@ -189,6 +190,24 @@ def test_what_lies_on_a_disk_is_not_in_memory() -> None:
     # Two moments and the average; masters pass through while they are copied.
     assert peak_in_memory - peak > 0.8 * count * 3 * 4
     assert after_in_memory - after > 0.9 * count * 4 * 4
+
+
+def _held_rank(rank: int, stage: int) -> list[tuple[str, int, int]]:
+    """(name, elements here, elements of all) of the pieces of the first moment."""
+    engine = make_engine(Case(parallel={"data": 4, "expert": 2, "zero.stage": stage}, task=EXPERTS), rank=rank)
+    pieces = [piece for piece in engine.pieces() if piece.name.startswith("learner.first_moment.")]
+    return [(piece.name, piece.tensor.numel(), math.prod(piece.global_shape)) for piece in pieces]
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_every_element_of_experts_and_others_is_in_one_share(stage: int) -> None:
+    held: dict[str, int] = {}
+    whole: dict[str, int] = {}
+    pieces = itertools.chain.from_iterable(run_ranks(_held_rank, world_size=4, arguments=(stage,)))
+    for name, count, total in pieces:
+        held[name] = held.get(name, 0) + count
+        whole[name] = total
+    assert held == whole and any(".ffn.router." in name for name in held)
 
 
 def _frozen_rank(rank: int, parallel: dict[str, Any], precision: str, task: dict[str, Any]) -> list[float]:

@@ -97,6 +97,9 @@ class MemoryModel:
             if stage:
                 # DeepSpeed keeps fp32 shares beside the weights, whatever these are.
                 master = 4
+            if candidate.parallel.zero.offload_optimizer == "nvme":
+                # They lie on a disk; DeepSpeed keeps a copy of the shares in the weights' format.
+                master, state = computed if stage < 3 else 0, 0
             parameters += (share if stage == 3 else count) * computed
             optimizer += (share if stage else count) * (master + state)
             gradients += share * 4 if stage >= 2 else count * (4 if not stage else computed)

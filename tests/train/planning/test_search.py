@@ -101,6 +101,36 @@ def test_params_that_are_set_are_kept() -> None:
     assert kept == {(2, 1)} or kept == {(2, 1), (2, 0)}
 
 
+def experts(**changes: object) -> Run.Params:
+    params = registry.params("mt.multi30k.Experts")
+    params.set("train_input.batching.rows", 16)
+    params.set("train_input.batching.source_length", 64)
+    for path, value in changes.items():
+        params.set(path.replace("__", "."), value)
+    return params
+
+
+def test_experts_are_shared_by_zero_and_cut_into_stages() -> None:
+    findings = search(Subject(experts(parallel__expert=2), precision="bf16"), hardware=Hardware(devices=4))
+    found = {(each.candidate.layout.pipe, each.candidate.parallel.zero.stage) for each in findings.fitting}
+    assert {(1, 0), (1, 1), (1, 2), (1, 3), (2, 0), (2, 1), (2, 2)} <= found
+
+
+def test_what_lies_on_a_disk_needs_no_memory() -> None:
+    subject = Subject(small(), precision="bf16")
+
+    def state(stage: int, offload: str) -> int:
+        params = Parallel.Params()
+        params.set("zero.stage", stage)
+        params.set("zero.offload_optimizer", offload)
+        candidate = Candidate(parallel=params, layout=Layout(data=2), micro_batches=1)
+        return estimate_of(subject, candidate=candidate, hardware=Hardware(devices=2)).memory.optimizer
+
+    assert state(3, "nvme") == 0
+    # A copy of two bytes instead of a master of four and moments of eight.
+    assert state(1, "nvme") < 0.2 * state(1, "none")
+
+
 LAYOUTS = [{"tensor": 4}, {"pipe": 4}, {"pipe": 2, "tensor": 2, "zero.stage": 1}, {"data": 1024 // 4, "tensor": 4}]
 
 
@@ -116,6 +146,14 @@ def test_dry_run_of_any_rank(axes: dict[str, int]) -> None:
         lines = list(dry_run(subject, hardware=Hardware(devices=1024), rank=rank))
         assert any("shapes are right" in line for line in lines)
         assert lines[-1].startswith("memory ")
+
+
+def test_dry_run_of_experts_in_a_pipeline() -> None:
+    params = experts(parallel__expert=2, parallel__pipe=2, parallel__zero__stage=1)
+    subject = Subject(params, precision="bf16")
+    for rank in (0, 3):
+        lines = list(dry_run(subject, hardware=Hardware(devices=4), rank=rank))
+        assert any("shapes are right" in line for line in lines)
 
 
 def test_dry_run_refuses_what_a_run_would() -> None:
