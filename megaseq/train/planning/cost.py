@@ -185,6 +185,18 @@ def _time(volume: float, *, hardware: Hardware, stride: int, size: int, count: i
     return volume / hardware.speed(stride=stride, size=size) + latency
 
 
+def _expert_part(subject: Subject, *, layout: Layout) -> float:
+    """Returns what part of a rank's weights is of experts that ranks along `expert` share: fewer hold the same."""
+    if layout.expert == 1:
+        return 0.0
+    total = of_experts = 0
+    for weight in subject.weights.values():
+        size = weight.local(tensor=layout.tensor, expert=layout.expert)
+        total += size
+        of_experts += size if "expert" in weight.axes else 0
+    return of_experts / total
+
+
 def _data_exchange(
     subject: Subject, *, candidate: Candidate, hardware: Hardware, state: RankMemory
 ) -> tuple[float, float]:
@@ -193,13 +205,16 @@ def _data_exchange(
     copies = layout.data * layout.context
     if copies == 1:
         return 0.0, 0.0
-    whole = state.parameters * (copies if stage == 3 else 1)
+    experts = _expert_part(subject, layout=layout)
+    # Stage 3 has a share of each: a larger one of experts.
+    whole = state.parameters * (copies / (1 + experts * (layout.expert - 1)) if stage == 3 else 1)
     gradients = whole * (2 if subject.precision == "bf16" and not stage else 1)
+    share = (1 - experts) * _share(copies) + experts * _share(copies // layout.expert)
     if stage == 3:
         # Weights are gathered for each forward and backward pass.
-        volume = (2 * whole * candidate.micro_batches + gradients) * _share(copies)
+        volume = (2 * whole * candidate.micro_batches + gradients) * share
     else:
-        volume = (gradients + (gradients if not stage else whole)) * _share(copies)
+        volume = (gradients + (gradients if not stage else whole)) * share
     stride = _stride(layout, "context") if layout.context > 1 else _stride(layout, "data")
     buckets = max(1, math.ceil(whole / (candidate.parallel.zero.bucket_elements * 2)))
     return _time(volume, hardware=hardware, stride=stride, size=copies, count=2 * buckets), volume

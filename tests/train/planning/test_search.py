@@ -116,6 +116,19 @@ def test_experts_are_shared_by_zero_and_cut_into_stages() -> None:
     assert {(1, 0), (1, 1), (1, 2), (1, 3), (2, 0), (2, 1), (2, 2)} <= found
 
 
+def test_experts_that_one_rank_holds_are_not_summed() -> None:
+    subject = Subject(experts(), precision="fp32")
+
+    def sent(expert: int) -> float:
+        params, layout = Parallel.Params(expert=expert), Layout(data=4, expert=expert)
+        candidate = Candidate(parallel=params, layout=layout, micro_batches=1)
+        return estimate_of(subject, candidate=candidate, hardware=Hardware(devices=4)).cost.sent["data"]
+
+    others = sum(weight.elements for weight in subject.weights.values() if "expert" not in weight.axes)
+    assert sent(4) == pytest.approx(2 * 4 * others * 3 / 4, rel=1e-3)
+    assert sent(1) > sent(2) > sent(4)
+
+
 def test_what_lies_on_a_disk_needs_no_memory() -> None:
     subject = Subject(small(), precision="bf16")
 
