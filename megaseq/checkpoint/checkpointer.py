@@ -190,6 +190,7 @@ class Checkpointer(Configurable):
 
     def _own(self, pieces: Sequence[Piece]) -> list[Piece]:
         """Returns those of this rank's pieces that it writes; they are dealt out anew only when some rank's change."""
+        pieces = [piece for piece in pieces if not piece.is_copy]
         outlines = [Outline.of(piece) for piece in pieces]
         if any(self.ranks.gather(outlines != self._outlines)):
             gathered = self.ranks.gather(outlines)

@@ -19,7 +19,7 @@ class Piece:
     """A block of the logical tensor `name`, and the view of this process's memory where it lies.
 
     Several processes may give the same piece (a replicated parameter); pieces of one name that overlap in part are an
-    error. All pieces of a name together make up the global tensor.
+    error, but for copies. All pieces of a name together make up the global tensor.
     """
 
     name: str
@@ -29,6 +29,8 @@ class Piece:
     """First element of the block in the logical tensor, by dimension."""
     tensor: Tensor
     """The block; as many dimensions as the logical tensor. A checkpoint is read into it in place."""
+    is_copy: bool = False
+    """Whether pieces of other processes have all of it, perhaps cut in other places; it is read and never written."""
 
     def __post_init__(self) -> None:
         """Raises CheckpointError where the block does not lie inside the logical tensor."""

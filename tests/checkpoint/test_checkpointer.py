@@ -14,6 +14,7 @@ import torch
 
 from megaseq.base import CheckpointError, ParamsError
 from megaseq.checkpoint import Checkpointer, DamagedError, load_checkpoint
+from megaseq.checkpoint.piece import Piece
 
 from .conftest import assert_same, make_tensors, save
 
@@ -41,6 +42,17 @@ def test_tensors_are_loaded_in_place(make: Make) -> None:
     restored = checkpointer.restore(tensors=own)
     assert_same(own, expected)
     assert all(restored.tensors[name] is own[name] for name in own)
+
+
+def test_copies_are_read_and_not_written(make: Make) -> None:
+    checkpointer = make()
+    values = torch.arange(10.0)
+    pieces = [Piece("w", (10,), (0,), values[:6]), Piece("w", (10,), (6,), values[6:])]
+    # As another stage may have it, in other pieces.
+    copies = [Piece("w", (10,), (start,), torch.zeros(stop - start), is_copy=True) for start, stop in ((0, 3), (3, 10))]
+    checkpointer.save(step=1, tensors=[*copies, *pieces], state={})
+    checkpointer.restore(tensors=[*copies, *pieces])
+    assert torch.equal(torch.cat([piece.tensor for piece in copies]), values)
 
 
 def test_prefixes_choose_tensors_and_spare_the_other_files(make: Make) -> None:

@@ -32,6 +32,8 @@ LAYOUTS: dict[str, Mapping[str, Any]] = {
 }
 """By name: what is set of `parallel`. All but the first have four ranks."""
 
+WIDE: dict[str, Any] = {"source_vocab_size": 500, "target_vocab_size": 500}
+"""Embeddings that are larger than a share."""
 OTHERS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "tp4-sequence-shared-key-heads": ({"tensor": 4, "sequence": True}, {"task": KEY_HEADS}),
     "dp2-tp2-zero3-shared-key-heads": ({"data": 2, "tensor": 2, "zero.stage": 3}, {"task": KEY_HEADS}),
@@ -48,6 +50,9 @@ OTHERS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"data": 4, "zero.stage": 3, "zero.offload_optimizer": "cpu", "zero.offload_parameters": "cpu"},
         {},
     ),
+    # Stages that hold the same matrix have it in other places of their shares.
+    "dp2-pp2-zero1-wide": ({"data": 2, "pipe": 2, "zero.stage": 1}, {"task": WIDE}),
+    "dp2-pp2-zero2-wide": ({"data": 2, "pipe": 2, "zero.stage": 2}, {"task": WIDE}),
     "dp4-zero2-nvme": (
         {"data": 4, "zero.stage": 2, "zero.offload_optimizer": "nvme", "zero.nvme_path": tempfile.gettempdir()},
         {},

@@ -267,16 +267,23 @@ def test_what_cannot_be_shared_is_refused(
         make_engine(Case(parallel=parallel, learner=learner), rank=0)
 
 
+STAGE3 = ("parallel.data=2", "parallel.zero.stage=3", "parallel.zero.persistence_elements=0")
+IN_STAGES = (
+    *(f"task.{stack}.layer.ffn.cls=megaseq.layers.moe.MixtureOfExperts" for stack in ("encoder", "decoder")),
+    *(f"task.{stack}.layer.ffn.num_experts=4" for stack in ("encoder", "decoder")),
+    *("parallel.data=2", "parallel.expert=2", "parallel.pipe=2", "parallel.zero.stage=1"),
+)
+
+
 @pytest.mark.slow
+@pytest.mark.parametrize("layout", [STAGE3, IN_STAGES], ids=["stage3", "experts-in-stages"])
 @pytest.mark.parametrize("offload", ["none", "nvme"])
-def test_a_run_with_stage_3_evaluates_decodes_saves_and_goes_on(tmp_path: Path, offload: str) -> None:
+def test_a_run_evaluates_decodes_saves_and_goes_on(tmp_path: Path, layout: tuple[str, ...], offload: str) -> None:
     disk = tmp_path / "disk"
     disk.mkdir()
     log = tmp_path / "log"
     overrides = (
-        "parallel.data=2",
-        "parallel.zero.stage=3",
-        "parallel.zero.persistence_elements=0",
+        *layout,
         f"parallel.zero.offload_optimizer={offload}",
         f"parallel.zero.nvme_path={disk}",
         "learner.ema.cls=megaseq.learner.ema.MovingAverage",

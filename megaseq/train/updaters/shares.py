@@ -91,6 +91,14 @@ class Run:
         return Fragment(fragment.parameter, share=index, offset=low - self.start, first=first, length=high - low)
 
 
+def lies_in(piece: Piece, *, boxes: tuple[Box, ...] | None) -> bool:
+    """Whether a piece of one of a parameter's boxes lies in one of some `boxes` of it; None is all."""
+    return boxes is None or any(
+        all(b <= a and a + n <= b + m for a, n, b, m in zip(piece.start, piece.size, box.start, box.size, strict=True))
+        for box in boxes
+    )
+
+
 def runs_of(shares: Sequence[Tensor], *, limit: int) -> list[Run]:
     """Returns the runs of at most `limit` elements that shares consist of; 0: each is one."""
     return [

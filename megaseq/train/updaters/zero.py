@@ -29,7 +29,7 @@ from megaseq.train.updaters.expert_sharing import mark_experts, options_of, sign
 from megaseq.train.updaters.first_shares import ExactRun, FirstShares, Values
 from megaseq.train.updaters.frozen import frozen_of
 from megaseq.train.updaters.gathered import gathered
-from megaseq.train.updaters.shares import Described, Fragment, fragments_of, runs_of, shares_of
+from megaseq.train.updaters.shares import Described, Fragment, fragments_of, lies_in, runs_of, shares_of
 from megaseq.train.updaters.tied_gradients import TiedGradients
 
 PREFIX = "task."
@@ -383,7 +383,8 @@ class Zero:
 
     def _pieces_in(self, flats: Sequence[Tensor], *, prefix: str = "") -> list[Piece]:
         return [
-            piece
+            # Shares of ranks that hold the same may be cut in other places: what counts for the norm is written.
+            dataclasses.replace(piece, is_copy=not lies_in(piece, boxes=self._boxes[fragment.parameter.name]))
             for flat, row in zip(flats, self._run_fragments, strict=True)
             for fragment in row
             for piece in fragment.pieces(f"{prefix}{fragment.parameter.name}", flat=flat.detach())
