@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from megaseq.kernels.dispatch import IMPLEMENTATIONS
 from tests.distributed.launching import FAKE_PDSH, FAKE_SBATCH, FAKE_SRUN, FAKE_SSH, write_program
 
 ROOT = Path(__file__).parent.parent
@@ -86,6 +87,9 @@ def shrink(command: str) -> str:
         elif words[0] == "python" and words[1].startswith("benchmarks/"):
             smaller = SHRUNK_BENCHMARKS[Path(words[1]).name]
             parts[index] = shlex.join(["python", str(ROOT / words[1]), *words[2:], *smaller])
+        elif words[:3] == ["megaseq", "bench", "kernels"]:
+            # Proves without timing, with a GPU as without.
+            parts[index] = shlex.join([*words, "--check", "--ops", "norm"])
         elif words[:2] == ["bash", "launch/quickstart.sh"]:
             small = [*SHRUNK_RUN, "train_input.source.num_examples=3000", "eval_inputs.held_out.source.num_examples=8"]
             parts[index] = shlex.join(["bash", str(ROOT / words[1]), *words[2:], *small])
@@ -93,8 +97,8 @@ def shrink(command: str) -> str:
 
 
 def write_launchers(folder: Path, *, programs: Path) -> None:
-    """Puts launch/ and configs/ in `folder`, and in `programs` what reaches other machines: it runs here."""
-    for name in ("launch", "configs"):
+    """Puts launch/, configs/ and docs/ in `folder`, and in `programs` what reaches other machines: it runs here."""
+    for name in ("launch", "configs", "docs"):
         shutil.copytree(ROOT / name, folder / name)
     hostfile = folder / "launch/hostfile.example"
     hostfile.write_text(re.sub("slots=.*", "slots=2", hostfile.read_text()))
@@ -164,6 +168,11 @@ def test_files_that_the_page_names_exist(page: Path) -> None:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_no_figure_is_left_open(page: Path) -> None:
     assert "@@" not in page.read_text()
+
+
+def test_every_op_is_on_the_page_of_kernels() -> None:
+    text = (ROOT / "docs/kernels.md").read_text()
+    assert [op for op in IMPLEMENTATIONS if f"| `{op}` |" not in text] == []
 
 
 def test_every_benchmark_is_on_a_page() -> None:

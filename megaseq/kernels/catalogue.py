@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import importlib
 import importlib.util
@@ -12,6 +13,8 @@ from megaseq.kernels.bench_case import BenchCase
 from megaseq.kernels.compile_case import CompileCase
 
 FOLDER = Path(__file__).parent
+NO_CODE = ("bench.py", "cases.py", "reference.py")
+"""Files of an op that do not change what its kernels do."""
 
 
 def ops() -> tuple[str, ...]:
@@ -20,21 +23,35 @@ def ops() -> tuple[str, ...]:
     return tuple(sorted(folders - {"bench"}))
 
 
-def kernel_files(op: str) -> tuple[Path, ...]:
-    """The files of an op that define Triton kernels."""
-    return tuple(path for path in sorted((FOLDER / op).rglob("*.py")) if "@triton.jit" in path.read_text("utf-8"))
+def kernel_names(op: str) -> tuple[str, ...]:
+    """Names of the op's Triton kernels in the order of their files: of what is launched, not of what kernels call."""
+    trees = [ast.parse(path.read_text(encoding="utf-8")) for path in sorted((FOLDER / op).rglob("*.py"))]
+    nodes = [node for tree in trees for node in ast.walk(tree)]
+    launched = {
+        ast.unparse(node.func.value).rpartition(".")[2]
+        for node in nodes
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Subscript)
+    }
+    return tuple(
+        node.name
+        for node in nodes
+        if isinstance(node, ast.FunctionDef)
+        and node.name in launched
+        and any(ast.unparse(decorator).startswith("triton.jit") for decorator in node.decorator_list)
+    )
 
 
 def ops_with_kernels() -> tuple[str, ...]:
     """Names of the ops that have Triton kernels."""
-    return tuple(op for op in ops() if kernel_files(op))
+    return tuple(op for op in ops() if kernel_names(op))
 
 
 def source_hash(op: str) -> str:
-    """12 hexadecimal digits that change with any Python file of the op's folder."""
+    """12 hexadecimal digits that change with the op's code: all Python files of its folder but those in `NO_CODE`."""
     digest = hashlib.sha256()
     for path in sorted((FOLDER / op).rglob("*.py")):
-        digest.update(f"{path.relative_to(FOLDER).as_posix()}\n".encode() + path.read_bytes())
+        if path.name not in NO_CODE:
+            digest.update(f"{path.relative_to(FOLDER).as_posix()}\n".encode() + path.read_bytes())
     return digest.hexdigest()[:12]
 
 

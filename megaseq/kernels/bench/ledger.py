@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from megaseq.kernels.bench import results
-from megaseq.kernels.catalogue import kernel_files, ops_with_kernels, source_hash
+from megaseq.kernels.catalogue import kernel_names, ops_with_kernels, source_hash
 from megaseq.kernels.checks import KernelError
 
 START, END = "<!-- ledger: written by `megaseq bench ledger` -->", "<!-- end of the ledger -->"
@@ -24,17 +24,9 @@ def ledger(folder: Path) -> str:
         cards = [where.card for where, _, sources in runs if sources.get(op) == source]
         older = [where.card for where, _, sources in runs if sources.get(op, source) != source]
         ran = ", ".join([*cards, *(f"{card} (an older source)" for card in older)]) or "never on a GPU"
-        names = [name for path in kernel_files(op) for name in kernel_names(path)]
-        lines.append(f"| `{op}` | {', '.join(names)} | `{source}` | {ran} |")
+        lines.append(f"| `{op}` | {', '.join(kernel_names(op))} | `{source}` | {ran} |")
     tables = [results.to_markdown(where, results=found) for where, found, _ in runs]
     return "\n".join([*lines, "", *tables])
-
-
-def kernel_names(path: Path) -> list[str]:
-    """Names of the kernels in a file; not of the functions that they call."""
-    text = path.read_text(encoding="utf-8").replace("@triton.jit\n", "\0").split("\0")[1:]
-    names = [part.removeprefix("def ").partition("(")[0] for part in text]
-    return [name for name in names if not name.startswith("_")]
 
 
 def replaced(page: str, *, content: str) -> str:

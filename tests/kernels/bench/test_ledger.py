@@ -18,9 +18,18 @@ def _part(x):
     return x
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["Y"])
 def square_kernel(X, Y):
-    pass
+    helper(X)
+
+
+@triton.jit
+def helper(x):
+    return x
+
+
+def launch(x, y):
+    square_kernel[(1,)](x, y)
 '''
 MACHINE = Machine("H200", 90, {"triton": "3.6"}, "2026-01-02", Ceiling(1e12, 1e15))
 
@@ -55,6 +64,8 @@ def test_before_and_after_a_run(folder: Path, tmp_path_factory: pytest.TempPathF
 def test_the_hash_is_that_of_the_source(folder: Path) -> None:
     before = catalogue.source_hash("square")
     assert before == catalogue.source_hash("square") != catalogue.source_hash("plain")
+    (folder / "square/cases.py").write_text('"""Cases."""\n')
+    assert catalogue.source_hash("square") == before
     (folder / "square/triton_kernels.py").write_text(KERNELS + "\n")
     assert catalogue.source_hash("square") != before
 
