@@ -47,10 +47,17 @@ def run(arguments: argparse.Namespace) -> int:
             return _run_workers(params, arguments=arguments)
         from megaseq.parallel.spawn import batch_of, spawn
 
-        if batch := batch_of(params.parallel, place=place):
+        devices = _open_devices(params)
+        if batch := batch_of(params.parallel, place=place, devices=devices):
             from megaseq.train.parts import check_params
 
             check_params(params)
+            if devices:
+                print(
+                    f"starts {batch.count} processes for the {devices} GPUs of this machine, as parallel.data is 0; "
+                    "with parallel.data=1 there is one",
+                    flush=True,
+                )
             return spawn(arguments.argv, batch=batch)
         if place.world_size == 1:
             _train(params, arguments=arguments)
@@ -66,6 +73,16 @@ def run(arguments: argparse.Namespace) -> int:
     with joined(place):
         _train(_params(arguments), arguments=arguments)
     return 0
+
+
+def _open_devices(params: Run.Params) -> int:
+    """Returns the GPUs over which data ranks are to be spread; 0 where the params say how many processes there are."""
+    if params.parallel.data or params.parallel.processes or params.train.local_sgd.worker >= 0:
+        return 0
+    from megaseq.train.device import num_devices
+
+    devices = num_devices(params.train.device)
+    return devices if devices > 1 else 0
 
 
 def _run_workers(params: Run.Params, *, arguments: argparse.Namespace) -> int:

@@ -46,7 +46,8 @@ class Parallel(Configurable):
         timeout_seconds: float = 1800.0
         """A collective that hangs for longer ends the run with the place where each rank stands."""
         processes: int = 0
-        """Processes that `megaseq train` starts itself where no launcher has; 0: as many as the axes make."""
+        """Processes that `megaseq train` starts itself where no launcher has; 0: as many as the axes make, with
+        `data` at 0 one for each GPU of the machine."""
 
         def validate(self) -> Iterator[Problem | str]:
             """Reports sizes below one, and experts that do not divide the data ranks."""

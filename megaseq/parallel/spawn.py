@@ -37,15 +37,32 @@ class Batch:
     """0: the parent keeps the meeting point, on a free port."""
 
 
-def num_processes(params: Parallel.Params) -> int:
-    """Returns how many processes `megaseq train` starts itself."""
-    return params.processes or max(1, params.data) * params.pipe * params.context * params.tensor
+def num_processes(params: Parallel.Params, *, devices: int = 0) -> int:
+    """Returns how many processes `megaseq train` starts itself.
+
+    Args:
+        params: of the run.
+        devices: GPUs that the run may use; where `data` is open, as many data ranks as have one. 0: one data rank.
+    """
+    model = params.pipe * params.context * params.tensor
+    if params.processes:
+        return params.processes
+    data = params.data
+    if not data:
+        # Experts live on data ranks: equally many on each.
+        data = max(params.expert if devices else 1, devices // model // params.expert * params.expert)
+    return data * model
 
 
-def batch_of(params: Parallel.Params, *, place: Place) -> Batch | None:
+def batch_of(params: Parallel.Params, *, place: Place, devices: int = 0) -> Batch | None:
     """Returns the processes that this one is to start; None where it is itself the one that trains.
 
     A Slurm task for each machine starts as many as `processes` says; other launchers start all themselves.
+
+    Args:
+        params: of the run.
+        place: of this process.
+        devices: GPUs of this machine that the run may use.
     """
     if place.launcher == "slurm":
         if params.processes <= 1:
@@ -53,7 +70,7 @@ def batch_of(params: Parallel.Params, *, place: Place) -> Batch | None:
         return Batch(
             count=params.processes, nodes=place.world_size, node=place.rank, address=place.address, port=place.port
         )
-    count = num_processes(params)
+    count = num_processes(params, devices=devices)
     return Batch(count=count) if place.world_size == 1 and place.launcher in ("none", "slurm") and count > 1 else None
 
 

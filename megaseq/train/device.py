@@ -25,6 +25,11 @@ def resolve_device(asked: str) -> torch.device:
     return torch.device("cuda" if available and asked != "cpu" else "cpu")
 
 
+def num_devices(asked: str) -> int:
+    """Returns the GPUs that processes of a run may take, one each, on this machine; 0 where it computes on the CPU."""
+    return 0 if asked == "cpu" or not torch.cuda.is_available() else torch.cuda.device_count()
+
+
 def device_name(device: torch.device) -> str:
     """Returns `cpu`, or the name of the GPU."""
     return f"cuda ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else device.type

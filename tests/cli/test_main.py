@@ -11,9 +11,11 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from megaseq.cli import main as cli
 from megaseq.cli.main import main
+from megaseq.parallel.spawn import Batch
 from megaseq.train.tracking.jsonl import read_metrics
 
 TINY = (
@@ -246,3 +248,25 @@ def test_signal_saves_and_exits_zero(tmp_path: Path, number: int, code: int) -> 
     step = json.loads((directory / "status.json").read_text())["step"]
     assert (directory / "checkpoints" / f"step_{step:08d}").is_dir()
     assert f"{signal.Signals(number).name}: saved at step {step}" in err
+
+
+def test_several_gpus_are_a_process_each(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    started: list[int] = []
+
+    def spawn(arguments: list[str], *, batch: Batch) -> int:
+        started.append(batch.count)
+        return 0
+
+    monkeypatch.setattr("megaseq.parallel.spawn.spawn", spawn)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    for overrides, line in (
+        ([], "starts 4 processes for the 4 GPUs of this machine"),
+        (["parallel.tensor=2"], "starts 4 processes for the 4 GPUs of this machine"),
+        (["train.device=cpu", "parallel.tensor=2"], ""),
+        (["parallel.data=3"], ""),
+    ):
+        assert main(["train", "quickstart.Numbers", *overrides, *TINY]) == 0
+        printed = capsys.readouterr().out
+        assert printed.startswith(line) and bool(printed) == bool(line)
+    assert started == [4, 4, 2, 3]
