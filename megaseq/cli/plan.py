@@ -20,6 +20,9 @@ _FLAGS = {
     "memory_bandwidth": "10^9 bytes a second between a device and its memory",
     "link_bandwidth": "10^9 bytes a second that a device sends within its machine",
     "bandwidth": "10^9 bytes a second that a device sends to other machines",
+    "host_link_bandwidth": "10^9 bytes a second between a device and its host",
+    "host_memory_bandwidth": "10^9 bytes a second of the host's memory, a device's part",
+    "disk_bandwidth": "10^9 bytes a second of the host's disks, a device's part",
     "latency_us": "microseconds of a message",
     "devices_per_machine": "devices of a machine",
 }

@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 
+from megaseq.layers.families import add_experts
+from megaseq.layers.routing import Router
 from megaseq.parallel.layout import Parallel, resolve_layout
 from megaseq.parallel.mesh import Mesh
 from megaseq.train.engine import Engine
@@ -23,19 +25,32 @@ LAYOUTS: list[dict[str, Any]] = [
     {"data": 2},
     {"data": 2, "zero.stage": 1, "zero.bucket_elements": 20_000},
     {"data": 2, "zero.stage": 2, "zero.bucket_elements": 20_000},
+    {"data": 2, "zero.stage": 3, "zero.bucket_elements": 20_000, "zero.prefetch_elements": 20_000},
+    {"context": 2},
+    {"data": 2, "expert": 2},
     {"tensor": 2},
     {"tensor": 2, "sequence": True},
     {"pipe": 2, "pipeline.micro_batches": 4},
     {"pipe": 2, "pipeline.schedule": "gpipe", "pipeline.micro_batches": 4},
 ]
+MORE: list[dict[str, Any]] = [
+    {"data": 2, "zero.overlap": False},
+    {"data": 2, "zero.stage": 3, "zero.bucket_elements": 20_000, "zero.prefetch_elements": 20_000, "experts": True},
+    {"data": 2, "experts": True},
+    {"context": 2, "context_method": "ulysses"},
+]
 
 
 def measure(rank: int, parallel: dict[str, Any], directory: str) -> tuple[int, int]:
-    """(predicted, measured) bytes of this rank."""
+    """(predicted, measured) bytes of this rank; `experts` in `parallel` gives the model some."""
     params = Parallel.Params()
-    for path, value in parallel.items():
-        params.set(path, value)
     p = make_run(Path(directory), **SIZES)
+    if parallel.get("expert") or parallel.get("experts"):
+        for stack in (p.task.get("encoder"), p.task.get("decoder")):
+            add_experts(stack, num_experts=4, router=Router.Params())
+    for path, value in parallel.items():
+        if path != "experts":
+            params.set(path, value)
     p.parallel = params
     layout = resolve_layout(params, world_size=2)
     micro_batches = params.pipeline.micro_batches or 1
@@ -52,10 +67,12 @@ def measure(rank: int, parallel: dict[str, Any], directory: str) -> tuple[int, i
         memory.track(piece.tensor for piece in engine.pieces())
         for step in range(3):
             engine.train_step(batch, step=step)
-    return predicted.total, memory.peak
+    return predicted.total + predicted.host, memory.peak
 
 
-@pytest.mark.parametrize("parallel", LAYOUTS, ids=str)
+@pytest.mark.parametrize(
+    "parallel", [*LAYOUTS, *(pytest.param(layout, marks=pytest.mark.slow) for layout in MORE)], ids=str
+)
 def test_prediction_is_within_a_tenth(parallel: dict[str, Any]) -> None:
     with tempfile.TemporaryDirectory() as directory:
         for predicted, measured in run_ranks(measure, world_size=2, arguments=(parallel, directory)):

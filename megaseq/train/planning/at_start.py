@@ -33,7 +33,8 @@ def memory_lines(params: Run.Params, *, layout: Layout, precision: str) -> list[
     except ParamsError:
         return []  # Batches of no fixed shape, say.
     worst = max(found, key=lambda memory: memory.total)
+    beside = f"; beside it, in the host's, {gib(worst.host)}" if worst.host else ""
     return [
         f"  memory of a rank, estimated, at most {gib(worst.total)}: weights {gib(worst.parameters)}, gradients "
-        f"{gib(worst.gradients)}, optimizer {gib(worst.optimizer)}, activations {gib(worst.activations)}"
+        f"{gib(worst.gradients)}, optimizer {gib(worst.optimizer)}, activations {gib(worst.activations)}{beside}"
     ]

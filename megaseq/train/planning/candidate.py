@@ -29,6 +29,27 @@ class Candidate:
         """Whether tensor ranks share tokens too."""
         return self.parallel.sequence and self.layout.tensor > 1
 
+    @property
+    def overlaps(self) -> bool:
+        """Whether gradients are summed over data ranks while backward passes go on."""
+        overlap = self.parallel.zero.overlap
+        if self.parallel.zero.stage == 0:
+            return overlap is not False and self.layout.pipe == 1
+        return bool(overlap)
+
+    @property
+    def offloads(self) -> bool:
+        """Whether something lies in the memory of the host, or on its disks."""
+        zero = self.parallel.zero
+        return zero.offload_optimizer != "none" or zero.offload_parameters != "none"
+
+    def in_device_memory(self) -> Candidate:
+        """Returns the same with nothing offloaded."""
+        parallel = self.parallel.copy()
+        parallel.set("zero.offload_optimizer", "none", origin="the planner")
+        parallel.set("zero.offload_parameters", "none", origin="the planner")
+        return dataclasses.replace(self, parallel=parallel)
+
     def in_flight(self, rank: int) -> int:
         """Returns the most micro-batches of which a pipe rank keeps activations at the same time.
 

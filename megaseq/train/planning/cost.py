@@ -6,6 +6,7 @@ import dataclasses
 import math
 from collections.abc import Sequence
 
+from megaseq.parallel.gradient_sums import overlapped_bucket
 from megaseq.parallel.layout import AXIS_ORDER, Layout
 from megaseq.parallel.pipeline.plan import StagePlan
 from megaseq.parallel.spec import Unit
@@ -15,7 +16,7 @@ from megaseq.train.planning.memory import RankMemory
 from megaseq.train.planning.subject import Subject
 from megaseq.train.planning.trace import Shape
 
-PARTS = ("compute", "recompute", "bubble", "tensor", "context", "expert", "pipe", "data", "optimizer")
+PARTS = ("compute", "recompute", "bubble", "tensor", "context", "expert", "pipe", "data", "offload", "optimizer")
 """What a step's time is made of, in the order in which it is shown."""
 
 ENCODER_LAUNCHES, DECODER_LAUNCHES = 45, 70
@@ -27,7 +28,7 @@ class StepCost:
     """A step on the rank that takes longest."""
 
     seconds: dict[str, float]
-    """By `PARTS`; exchanges are counted as if nothing ran beside them."""
+    """By `PARTS`; of `data` what backward passes do not hide, other exchanges as if nothing ran beside them."""
     sent: dict[str, float]
     """Bytes that this rank sends in a step, by axis."""
 
@@ -54,7 +55,7 @@ def step_cost(
         hardware: on what.
         plan: stages; None without a pipeline.
         shape: of a micro-batch on one rank.
-        state: weights and optimizer state of the rank that has most.
+        state: weights and optimizer state of the rank that has most, as if nothing were offloaded.
     """
     ranks = range(candidate.layout.pipe)
     costs = [
@@ -68,12 +69,10 @@ def step_cost(
     sent = {name: value * m for name, value in sent.items()}
     bubble = candidate.bubble()
     seconds["bubble"] = sum(seconds.values()) * bubble / (1 - bubble)
-    exchange, volume = _data_exchange(subject, candidate=candidate, hardware=hardware, state=state)
-    seconds["data"], sent["data"] = exchange, volume
-    # Weights, gradients and state are read, weights and state written.
-    seconds["optimizer"] = (
-        2 * (state.parameters + state.optimizer + state.gradients) / (hardware.memory_bandwidth * 1e9)
-    )
+    exchange = _data_exchange(subject, candidate=candidate, hardware=hardware, state=state)
+    backward = 2 / 3 * seconds["compute"] + seconds["recompute"]
+    seconds["data"], sent["data"] = exchange.exposed(backward, candidate=candidate), exchange.volume
+    seconds |= _update(subject, candidate=candidate, hardware=hardware, state=state)
     return StepCost({part: seconds.get(part, 0.0) for part in PARTS}, sent)
 
 
@@ -197,24 +196,74 @@ def _expert_part(subject: Subject, *, layout: Layout) -> float:
     return of_experts / total
 
 
-def _data_exchange(
-    subject: Subject, *, candidate: Candidate, hardware: Hardware, state: RankMemory
-) -> tuple[float, float]:
-    """Returns (seconds, bytes) of summing gradients and gathering weights over data and context ranks."""
-    layout, stage = candidate.layout, candidate.parallel.zero.stage
+@dataclasses.dataclass(frozen=True)
+class _DataExchange:
+    """Sums of gradients and gathered weights over data and context ranks, in a step."""
+
+    volume: float = 0.0
+    """Bytes that a rank sends."""
+    sums: float = 0.0
+    """Seconds of the sums of gradients."""
+    weights: float = 0.0
+    """Seconds in which weights are gathered."""
+    buckets: int = 1
+    """In which gradients are summed."""
+
+    def exposed(self, backward: float, *, candidate: Candidate) -> float:
+        """Returns the seconds that `backward`, the seconds of a step's backward passes, does not hide."""
+        if not candidate.overlaps:
+            return self.sums + self.weights
+        # Stage 0 sums beside the last micro-batch alone; the last bucket has nothing beside it.
+        beside = backward / (candidate.micro_batches if candidate.parallel.zero.stage == 0 else 1)
+        return self.sums - min(self.sums * (1 - 1 / self.buckets), beside) + self.weights
+
+
+def _data_exchange(subject: Subject, *, candidate: Candidate, hardware: Hardware, state: RankMemory) -> _DataExchange:
+    layout, zero = candidate.layout, candidate.parallel.zero
     copies = layout.data * layout.context
     if copies == 1:
-        return 0.0, 0.0
+        return _DataExchange()
     experts = _expert_part(subject, layout=layout)
     # Stage 3 has a share of each: a larger one of experts.
-    whole = state.parameters * (copies / (1 + experts * (layout.expert - 1)) if stage == 3 else 1)
-    gradients = whole * (2 if subject.precision == "bf16" and not stage else 1)
+    whole = state.parameters * (copies / (1 + experts * (layout.expert - 1)) if zero.stage == 3 else 1)
+    gradients = whole * (2 if subject.precision == "bf16" and not zero.stage else 1)
+    elements = int(whole) // subject.memory.numbers.activation
+    bucket = zero.bucket_elements
+    if candidate.overlaps and not zero.stage:
+        bucket = overlapped_bucket(elements, bucket_elements=bucket)
+    buckets = max(1, math.ceil(elements / bucket))
+    # From stage 2 on, each micro-batch's gradients are reduced by themselves.
+    times = candidate.micro_batches if zero.stage >= 2 else 1
     share = (1 - experts) * _share(copies) + experts * _share(copies // layout.expert)
-    if stage == 3:
-        # Weights are gathered for each forward and backward pass.
-        volume = (2 * whole * candidate.micro_batches + gradients) * share
-    else:
-        volume = (gradients + (gradients if not stage else whole)) * share
+    reduced = gradients * (2 if not zero.stage else times) * share
+    # In stage 3 weights are gathered for each forward and backward pass.
+    gathered = {0: 0, 1: whole, 2: whole, 3: 2 * whole * candidate.micro_batches}[zero.stage] * share
     stride = _stride(layout, "context") if layout.context > 1 else _stride(layout, "data")
-    buckets = max(1, math.ceil(whole / (candidate.parallel.zero.bucket_elements * 2)))
-    return _time(volume, hardware=hardware, stride=stride, size=copies, count=2 * buckets), volume
+    seconds = [
+        _time(volume, hardware=hardware, stride=stride, size=copies, count=count) if volume else 0.0
+        for volume, count in ((reduced, buckets * times), (gathered, buckets * times))
+    ]
+    return _DataExchange(volume=reduced + gathered, sums=seconds[0], weights=seconds[1], buckets=buckets)
+
+
+def _update(subject: Subject, *, candidate: Candidate, hardware: Hardware, state: RankMemory) -> dict[str, float]:
+    """Returns the seconds of the optimizer and of what travels between device and host: one waits for the other."""
+    layout, zero, size = candidate.layout, candidate.parallel.zero, subject.memory.numbers.activation
+    copies = layout.data * layout.context
+    # Bytes of what the module computes with, of this rank's share.
+    share = state.parameters / (1 if zero.stage == 3 else copies)
+    link, disk = hardware.host_link_bandwidth * 1e9, hardware.disk_bandwidth * 1e9
+    # Weights, gradients and state are read, weights and state written.
+    optimizer = 2 * (state.parameters + state.optimizer + state.gradients) / (hardware.memory_bandwidth * 1e9)
+    offload = 0.0
+    if zero.offload_optimizer != "none":
+        gradients = share / size * 4
+        optimizer = 2 * (state.optimizer + gradients) / (hardware.host_memory_bandwidth * 1e9)
+        if zero.offload_optimizer == "nvme":
+            optimizer = max(optimizer, 2 * state.optimizer / disk)
+        offload += (gradients + share) / link
+    if zero.offload_parameters != "none":
+        # Read for the forward and for the backward pass of each micro-batch.
+        speed = link if zero.offload_parameters == "cpu" else min(link, disk)
+        offload += 2 * candidate.micro_batches * share / speed
+    return {"optimizer": optimizer, "offload": offload}

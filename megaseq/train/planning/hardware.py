@@ -24,6 +24,12 @@ class Hardware:
     """10^9 bytes a second that a device sends to others in its machine (NVLink 4)."""
     bandwidth: float = 50.0
     """10^9 bytes a second that a device sends to other machines (400 Gbit/s)."""
+    host_link_bandwidth: float = 55.0
+    """10^9 bytes a second between a device and its host (PCI Express 5.0)."""
+    host_memory_bandwidth: float = 75.0
+    """10^9 bytes a second of the host's memory, a device's part of it (16 channels of DDR5-4800 for 8 devices)."""
+    disk_bandwidth: float = 6.0
+    """10^9 bytes a second of the host's disks, a device's part of them (8 NVMe drives)."""
     latency_us: float = 15.0
     """Microseconds of a message, however short."""
     launch_us: float = 4.0

@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 
 from megaseq.kernels.cross_entropy.chunked import CHUNK_BYTES, MAX_CHUNK, MIN_CHUNK
+from megaseq.parallel.gradient_sums import overlapped_bucket
 from megaseq.parallel.spec import Unit
 from megaseq.train.planning.candidate import Candidate
 from megaseq.train.planning.trace import Shape, UnitTrace
@@ -60,6 +61,8 @@ class RankMemory:
     """Masters, moments, moving average."""
     activations: int
     """What layers keep, what a pass allocates for a moment, and buffers of what travels."""
+    host: int = 0
+    """In the memory of the host and no part of `total`: what the params offload there."""
 
     @property
     def total(self) -> int:
@@ -103,7 +106,16 @@ class MemoryModel:
             parameters += (share if stage == 3 else count) * computed
             optimizer += (share if stage else count) * (master + state)
             gradients += share * 4 if stage >= 2 else count * (4 if not stage else computed)
-        return RankMemory(int(parameters), int(gradients), int(optimizer), 0)
+        zero, host = candidate.parallel.zero, 0.0
+        if zero.offload_optimizer != "none":
+            # Shares of gradients go where they are used.
+            away = optimizer + (gradients if stage >= 2 else 0.0)
+            gradients, optimizer = 0.0 if stage >= 2 else gradients, 0.0
+            host += away if zero.offload_optimizer == "cpu" else 0.0
+        if zero.offload_parameters != "none":
+            host += parameters if zero.offload_parameters == "cpu" else 0.0
+            parameters = 0.0
+        return RankMemory(int(parameters), int(gradients), int(optimizer), 0, host=int(host))
 
     def loss(self, shape: Shape, *, tensor: int) -> tuple[int, int]:
         """Returns (kept, for a moment) of softmax and cross entropy: gradients are made in the forward pass."""
@@ -148,6 +160,7 @@ class MemoryModel:
         waiting = (candidate.in_flight(pipe_rank) - 1) * kept
         links = sum(received) * candidate.micro_batches
         gathered = self._gathered(stages, candidate=candidate) if candidate.parallel.zero.stage == 3 else 0
+        peak += self._travelling(shape, candidate=candidate)
         extra = self._buckets(sum(own.values()), candidate=candidate) + gathered
         if several or candidate.parallel.zero.stage:
             activations = waiting + links + peak + extra
@@ -156,8 +169,9 @@ class MemoryModel:
                 shares = 4 * state.gradients // (self.numbers.activation * candidate.layout.data)
                 activations = max(activations, shares)
             return dataclasses.replace(state, activations=activations)
-        # One micro-batch: gradients come while activations go.
-        both = max(peak + waiting + links + extra, state.gradients)
+        # One micro-batch: gradients come while activations go. Their sums begin meanwhile, or when all are there.
+        meanwhile = extra if candidate.overlaps and extra < state.gradients else 0
+        both = max(peak + waiting + links + meanwhile, state.gradients + extra)
         return dataclasses.replace(state, activations=both - state.gradients)
 
     def _walk(
@@ -205,14 +219,27 @@ class MemoryModel:
         return sum(w.local(tensor=layout.tensor, expert=layout.expert) * self.numbers.computed(w) for w in weights)
 
     def _buckets(self, gradient_bytes: int, *, candidate: Candidate) -> int:
-        """Returns the bytes of flat copies of gradients that are summed over data ranks."""
+        """Returns the bytes of the flat copies of gradients that are there beside these, for sums over data ranks."""
         if candidate.layout.data * candidate.layout.context == 1 and not candidate.parallel.zero.stage:
             return 0
         zero = candidate.parallel.zero
         if zero.stage:
             # DeepSpeed's buffers have their full size, however small the model is.
             return zero.bucket_elements * self.numbers.activation * (2 if zero.overlap else 1)
-        return min(gradient_bytes, zero.bucket_elements * 4)
+        bucket = zero.bucket_elements
+        if candidate.overlaps:
+            bucket = overlapped_bucket(gradient_bytes // self.numbers.activation, bucket_elements=bucket)
+        return min(gradient_bytes, bucket * 4)
+
+    def _travelling(self, shape: Shape, *, candidate: Candidate) -> int:
+        """Returns the bytes that context ranks exchange within an attention's backward pass.
+
+        Keys, values and their gradients, those that leave and those that arrive.
+        """
+        if candidate.layout.context == 1:
+            return 0
+        longest = max(shape.source_length, shape.target_length)
+        return 2 * 4 * shape.rows * longest * self._width * self.numbers.activation
 
     def _gathered(self, stages: Sequence[Sequence[Unit]], *, candidate: Candidate) -> int:
         """Returns the bytes of whole parameters that stage 3 has at the same time: those in use and the next."""

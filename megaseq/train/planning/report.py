@@ -19,6 +19,7 @@ WHAT_COSTS = {
     "expert": "tokens that travel to experts",
     "pipe": "activations between stages",
     "data": "gradients and weights between data ranks",
+    "offload": "what travels between devices and hosts",
     "optimizer": "updating more weights a rank",
 }
 
@@ -85,7 +86,10 @@ def _table(best: Sequence[Estimate], *, subject: Subject) -> Iterator[str]:
         cells = [row[1].ljust(widths[1])] + [cell.rjust(w) for cell, w in zip(row[2:], widths[2:], strict=True)]
         yield "  ".join([row[0].rjust(widths[0]), *cells]).rstrip()
     yield ""
-    yield "milliseconds of a step, exchanges as if nothing ran beside them; bytes that a rank sends, by axis"
+    yield (
+        "milliseconds of a step, exchanges as if nothing ran beside them, without sums of gradients that backward passes "
+        "hide; bytes that a rank sends, by axis"
+    )
     for number, estimate in enumerate(best, start=1):
         parts = [f"{part} {1e3 * estimate.cost.seconds[part]:.3g}" for part in PARTS if estimate.cost.seconds[part]]
         sent = [f"{axis} {gib(volume)}" for axis, volume in estimate.cost.sent.items() if volume]

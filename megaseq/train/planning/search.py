@@ -209,7 +209,11 @@ def estimate_of(subject: Subject, *, candidate: Candidate, hardware: Hardware) -
     plan = stage_plan(subject, candidate)
     memories = [rank_memory(subject, candidate=candidate, plan=plan, pipe_rank=r) for r in range(candidate.layout.pipe)]
     worst = max(range(len(memories)), key=lambda index: memories[index].total)
-    heaviest = max(memories, key=lambda memory: memory.parameters)
+    state = memories
+    if candidate.offloads:
+        held = candidate.in_device_memory()
+        state = [rank_memory(subject, candidate=held, plan=plan, pipe_rank=r) for r in range(candidate.layout.pipe)]
+    heaviest = max(state, key=lambda memory: memory.parameters)
     cost = step_cost(subject, candidate=candidate, hardware=hardware, plan=plan, shape=shape, state=heaviest)
     return Estimate(candidate=candidate, memory=memories[worst], pipe_rank=worst, cost=cost)
 
