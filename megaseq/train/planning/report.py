@@ -87,8 +87,8 @@ def _table(best: Sequence[Estimate], *, subject: Subject) -> Iterator[str]:
         yield "  ".join([row[0].rjust(widths[0]), *cells]).rstrip()
     yield ""
     yield (
-        "milliseconds of a step, exchanges as if nothing ran beside them, without sums of gradients that backward passes "
-        "hide; bytes that a rank sends, by axis"
+        "milliseconds of a step, exchanges as if nothing ran beside them, without sums of gradients that backward "
+        "passes hide; bytes that a rank sends, by axis"
     )
     for number, estimate in enumerate(best, start=1):
         parts = [f"{part} {1e3 * estimate.cost.seconds[part]:.3g}" for part in PARTS if estimate.cost.seconds[part]]
