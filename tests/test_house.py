@@ -172,6 +172,13 @@ def test_every_module_says_what_it_is_and_has_late_annotations(path: Path) -> No
         assert (module.body[1].lineno, "__future__.annotations") in list(imports(module))
 
 
+def test_folders_of_tests_whose_files_share_a_name_are_packages() -> None:
+    """Otherwise pytest takes the second file for the first."""
+    bare = [path for path in (ROOT / "tests").rglob("test_*.py") if not (path.parent / "__init__.py").exists()]
+    names = [path.name for path in bare]
+    assert [str(path.relative_to(ROOT)) for path in bare if names.count(path.name) > 1] == []
+
+
 def test_every_package_has_a_level() -> None:
     packages = {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
     assert packages <= LEVEL.keys()
