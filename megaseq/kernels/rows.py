@@ -49,14 +49,12 @@ def rows_of(x: Tensor) -> Rows:
     return Rows(x, count=outer * inner, inner=max(inner, 1), outer_stride=outer_stride, inner_stride=inner_stride)
 
 
-def unfit(*tensors: Tensor | None) -> str | None:
-    """Why Triton's kernels cannot run on these tensors, as the end of "..., and"; None where they can."""
-    for tensor in tensors:
-        if tensor is None:
-            continue
-        reason = triton_runtime.unable(tensor)
-        if reason is not None:
-            return reason
-        if tensor.dtype not in DTYPES:
+def unfit(first: Tensor, *others: Tensor | None) -> str | None:
+    """Why Triton's kernels cannot run on these tensors of one device, as the end of "..., and"; None where they can."""
+    reason = triton_runtime.unable(first)
+    if reason is not None:
+        return reason
+    for tensor in (first, *others):
+        if tensor is not None and tensor.dtype not in DTYPES:
             return f"its kernels take float32, bfloat16 and float16, not {tensor.dtype}"
     return None

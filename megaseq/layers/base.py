@@ -187,8 +187,6 @@ class Layer(nn.Module, Configurable):
         """Returns `residual` + `drop(x)`, of [B, T, D]."""
         if not self.training or rate == 0.0:
             return residual + x
-        if x.dtype != residual.dtype:  # under autocast the branch is bfloat16 and the stream is not
-            return residual + self.drop(x, rate=rate, site=site, tokens=tokens)
         offset = starts(x, tokens=tokens or self.tokens_of(x))
         return dropout_add(x, residual=residual, rate=rate, key=self.dropout_key(site=site), offset=offset)
 

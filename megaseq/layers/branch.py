@@ -63,5 +63,9 @@ class Branch(Layer):
         """
         if self.post_norm is not None:
             y = self.post_norm(y, tokens=tokens)
-        x = self.drop_add(y, residual=x, rate=self.params.dropout, tokens=tokens)
+        rate = self.params.dropout
+        if not self.normalises_input and not (self.training and rate):
+            normed: Tensor = self.norm(y, residual=x, tokens=tokens)
+            return normed
+        x = self.drop_add(y, residual=x, rate=rate, tokens=tokens)
         return x if self.normalises_input else self.norm(x, tokens=tokens)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from torch import Tensor, nn
 
 from megaseq.base import FROM_PARENT
-from megaseq.kernels.norm import NormKind, norm
+from megaseq.kernels.norm import NormKind, add_norm, norm
 from megaseq.layers.base import Layer
 from megaseq.layers.initializers import Constant
 from megaseq.layers.tokens import Tokens
@@ -31,11 +31,12 @@ class Norm(Layer):
     of_heads = False
     """Whether the norm is over heads, of which a tensor rank has a part."""
 
-    def forward(self, x: Tensor, *, tokens: Tokens | None = None) -> Tensor:
-        """Normalises `x` [..., D]; returns [..., D].
+    def forward(self, x: Tensor, *, residual: Tensor | None = None, tokens: Tokens | None = None) -> Tensor:
+        """Normalises `x` [..., D], or `residual` + `x`; returns [..., D].
 
         Args:
             x: what is normalised.
+            residual: [..., D], added first; None: nothing.
             tokens: which tokens `x` has; None: all.
         """
         raise NotImplementedError
@@ -66,12 +67,15 @@ class LayerNorm(Norm):
         else:
             self.register_parameter("bias", None)
 
-    def forward(self, x: Tensor, *, tokens: Tokens | None = None) -> Tensor:
-        """Normalises `x` [..., D], which has `tokens`; returns [..., D]."""
-        if self.ranks is None:
-            return norm(x, weight=self.weight, bias=self.bias, kind=self.kind)
-        weight = self.whole(self.weight, tokens=tokens)
-        bias = None if self.bias is None else self.whole(self.bias, tokens=tokens)
+    def forward(self, x: Tensor, *, residual: Tensor | None = None, tokens: Tokens | None = None) -> Tensor:
+        """Normalises `x` [..., D], or `residual` + `x`, which has `tokens`; returns [..., D]."""
+        weight: Tensor = self.weight
+        bias: Tensor | None = self.bias
+        if self.ranks is not None:
+            weight = self.whole(weight, tokens=tokens)
+            bias = None if bias is None else self.whole(bias, tokens=tokens)
+        if residual is not None:
+            return add_norm(x, residual=residual, weight=weight, bias=bias, kind=self.kind)[0]
         return norm(x, weight=weight, bias=bias, kind=self.kind)
 
 
@@ -92,9 +96,11 @@ class RMSNorm(Norm):
         init = Constant.Params(value=0.0 if p.add_one else 1.0).instantiate()
         self.weight = self.create_parameter("weight", shape=(p.dim,), axes=("model",), init=init)
 
-    def forward(self, x: Tensor, *, tokens: Tokens | None = None) -> Tensor:
-        """Normalises `x` [..., D], which has `tokens`; returns [..., D]."""
+    def forward(self, x: Tensor, *, residual: Tensor | None = None, tokens: Tokens | None = None) -> Tensor:
+        """Normalises `x` [..., D], or `residual` + `x`, which has `tokens`; returns [..., D]."""
         weight = self.weight if self.ranks is None else self.whole(self.weight, tokens=tokens)
+        if residual is not None:
+            return add_norm(x, residual=residual, weight=weight, kind=self.kind)[0]
         return norm(x, weight=weight, kind=self.kind)
 
 

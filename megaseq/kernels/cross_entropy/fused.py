@@ -21,6 +21,9 @@ WORTH_WAITING = 1 << 35
 """Tokens times width times classes from which on tokens of weight 0 are left out. The host must then wait for the
 device to say how many remain, some 30 microseconds; a tenth of the products of this size takes as long."""
 
+ROW_MULTIPLE = 16
+"""Of the distance of two rows of logits: an odd vocabulary would make all kernels read number by number."""
+
 Wanted = tuple[bool, bool, bool]
 """Whether there is to be a gradient of hidden states, weight and bias."""
 
@@ -347,10 +350,11 @@ def _run(tokens: _Tokens, *, head: _Head) -> None:
     count, num_classes = tokens.rows.shape[0], head.weight.shape[0]
     chunk = _chunk(tokens.rows, num_classes=num_classes, settings=head.settings, vocabulary=head.vocabulary)
     graded = bool(tokens.gradient.numel() or head.of_weight.numel() or head.of_bias.numel())
-    buffer = tokens.rows.new_empty(min(chunk, count), num_classes)
+    # Rows begin where a vector of 16 numbers can be read at once.
+    buffer = tokens.rows.new_empty(min(chunk, count), -(-num_classes // ROW_MULTIPLE) * ROW_MULTIPLE)
     for start in range(0, count, chunk):
         part = tokens.part(start, min(start + chunk, count))
-        logits = buffer[: part.rows.shape[0]]
+        logits = buffer[: part.rows.shape[0], :num_classes]
         head.logits(part.rows, out=logits)
         _losses(logits, tokens=part, head=head, graded=graded)
         if graded:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from megaseq.base import native
-from megaseq.kernels.checks import check_floating, check_like, check_rate, check_shape, fail
+from megaseq.kernels.checks import check_device, check_floating, check_rate, check_shape, fail
 from megaseq.kernels.dispatch import choose, requested
 from megaseq.kernels.dropout.host import host_keep_mask, host_keep_mask_of_runs, native_apply
 from megaseq.kernels.dropout.reference import keep_mask, keep_mask_of_runs, threshold_of
@@ -82,13 +82,13 @@ def dropout_add(values: Tensor, *, residual: Tensor, rate: float, key: DropoutKe
 
     Args:
         values: any shape.
-        residual: the same shape, dtype and device.
+        residual: the same shape and device; under autocast the branch is bf16 and the stream is not.
         rate: chance of an element of `values` to become zero, in [0, 1).
         key: what the choice of elements is a function of.
         offset: as in `dropout`.
 
     Returns:
-        A tensor like `values`.
+        A tensor of that shape in the wider of both dtypes; `values` are rounded to theirs before the sum.
 
     Raises:
         KernelError: for tensors that do not fit each other, or as `dropout`.
@@ -97,7 +97,8 @@ def dropout_add(values: Tensor, *, residual: Tensor, rate: float, key: DropoutKe
     check_floating(values, op="dropout_add", argument="values")
     _check_start(offset, op="dropout_add", values=values)
     check_shape(residual, op="dropout_add", argument="residual", shape=tuple(values.shape), legend="that of values")
-    check_like(residual, op="dropout_add", argument="residual", other=values, other_name="values")
+    check_floating(residual, op="dropout_add", argument="residual")
+    check_device(residual, op="dropout_add", argument="residual", other=values, other_name="values")
     if rate == 0.0:
         return residual + values
     return _run(values, residual=residual, mask=DropoutMask(rate, key, offset))
@@ -128,25 +129,28 @@ def _run(values: Tensor, *, residual: Tensor | None, mask: DropoutMask) -> Tenso
     # The extension is no part of a compiled graph, and not looked for where it is not wanted.
     wanted = values.device.type == "cpu" and requested("dropout") != "triton"
     extension = native.extension() if wanted else None
-    chosen = _choose(values, extended=extension is not None)
+    chosen = _choose(values, residual=residual, extended=extension is not None)
     if chosen == "triton":
         runs, start = (None, mask.offset) if isinstance(mask.offset, int) else (mask.offset, 0)
         key = (mix_key(mask.key) ^ _SIGN) - _SIGN
         scale = 1.0 / (1.0 - mask.rate)
         result: Tensor = dropout_op(values, residual, runs, start, key, threshold_of(mask.rate), scale)
         return result
-    return apply_one(_Dropout, values, residual, mask, extension if chosen == "native" else None)
+    extension = extension if chosen == "native" else None
+    if residual is not None and residual.dtype is not values.dtype:
+        return residual + apply_one(_Dropout, values, None, mask, extension)
+    return apply_one(_Dropout, values, residual, mask, extension)
 
 
-def _choose(values: Tensor, *, extended: bool) -> str:
-    """The implementation that runs on `values`; `extended` says whether the compiled extension can be called."""
+def _choose(values: Tensor, *, residual: Tensor | None, extended: bool) -> str:
+    """The implementation that runs; `extended` says whether the compiled extension can be called."""
     impossible: dict[str, str] = {}
     fits = values.device.type == "cpu" and values.dtype in (torch.float32, torch.bfloat16)
     if not (extended and fits):
         impossible["native"] = (
             "the compiled extension is not there" if fits else "it takes float32 or bfloat16 in host memory"
         )
-    unfit_for_triton = unfit(values)
+    unfit_for_triton = unfit(values, residual)
     if unfit_for_triton is not None:
         impossible["triton"] = unfit_for_triton
     automatic = "reference" if "native" in impossible else "native"

@@ -51,21 +51,28 @@ def compile_cases() -> list[CompileCase]:
     for dtype, residual, runs in product((torch.float32, torch.bfloat16, torch.float16), (False, True), (False, True)):
         name = str(dtype).removeprefix("torch.") + "_residual" * residual + "_runs" * runs
         found.append((name, default(8192), dtype, residual, runs))
-    return [
+    cases = [
         CompileCase(name, functools.partial(_launch, config=config, dtype=dtype, residual=residual, runs=runs))
         for name, config, dtype, residual, runs in found
     ]
+    onto_float32 = functools.partial(
+        _launch, config=default(8192), dtype=torch.bfloat16, residual=True, runs=True, stream=torch.float32
+    )
+    return [*cases, CompileCase("bfloat16_onto_float32", onto_float32)]
 
 
-def _launch(*, config: Config, dtype: torch.dtype, residual: bool, runs: bool) -> None:
+def _launch(
+    *, config: Config, dtype: torch.dtype, residual: bool, runs: bool, stream: torch.dtype | None = None
+) -> None:
+    """Launches the kernel once; `stream` is the dtype of the residual where it is another."""
     from megaseq.kernels.dropout import triton_kernels
 
-    values = torch.zeros(2, 8192, dtype=dtype)
+    values, sums = torch.zeros(2, 8192, dtype=dtype), torch.zeros(2, 8192, dtype=stream or dtype)
     with override(dropout=config):
         triton_kernels.launch(
             values,
-            residual=values if residual else None,
-            out=torch.empty_like(values),
+            residual=sums if residual else None,
+            out=sums,
             runs=torch.zeros(2, dtype=torch.int64) if runs else None,
             start=0,
             key=12345,

@@ -70,7 +70,7 @@ def dropout_kernel(
     dropped = tl.where(kept, values.to(tl.float32) * scale, 0.0).to(values.dtype)
     if HAS_RESIDUAL:
         residual = tl.load(RESIDUAL + place, mask=inside, other=0.0)
-        dropped = (dropped.to(tl.float32) + residual.to(tl.float32)).to(values.dtype)
+        dropped = (dropped.to(tl.float32) + residual.to(tl.float32)).to(OUT.dtype.element_ty)
     tl.store(OUT + place, dropped, mask=inside)
 
 
@@ -90,7 +90,7 @@ def launch(
     Args:
         values: any shape.
         residual: the same shape, or None.
-        out: the same shape.
+        out: the same shape, in the wider dtype of both.
         runs: int64 [R], where each of R runs starts; None: `start` is where all of it does.
         start: number of the first element.
         key: 64 bits, with a sign or without.

@@ -22,7 +22,7 @@ def dropout_op(
     from megaseq.kernels.dropout import triton_kernels
 
     values = values.contiguous()
-    out = torch.empty_like(values)
+    out: Tensor = _output(values, residual, runs, start, key, threshold, scale)
     triton_kernels.launch(
         values,
         residual=None if residual is None else residual.contiguous(),
@@ -37,7 +37,7 @@ def dropout_op(
 
 
 @dropout_op.register_fake
-def _(
+def _output(
     values: Tensor,
     residual: Tensor | None,
     runs: Tensor | None,
@@ -46,19 +46,22 @@ def _(
     threshold: int,
     scale: float,
 ) -> Tensor:
-    return torch.empty_like(values, memory_format=torch.contiguous_format)
+    dtype = values.dtype if residual is None else torch.promote_types(values.dtype, residual.dtype)
+    return values.new_empty(values.shape, dtype=dtype)
 
 
 def _remember(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, _, runs, *mask = inputs
+    values, residual, runs, *mask = inputs
     ctx.save_for_backward(runs)
     ctx.mask = mask
+    ctx.dtypes = values.dtype, None if residual is None else residual.dtype
 
 
 def _gradients(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
     (runs,) = ctx.saved_tensors
-    of_values = dropout_op(gradient, None, runs, *ctx.mask) if ctx.needs_input_grad[0] else None
-    of_residual = gradient if ctx.needs_input_grad[1] else None
+    of_dropped, of_sum = ctx.dtypes
+    of_values = dropout_op(gradient.to(of_dropped), None, runs, *ctx.mask) if ctx.needs_input_grad[0] else None
+    of_residual = gradient.to(of_sum) if ctx.needs_input_grad[1] else None
     return of_values, of_residual, None, None, None, None, None
 
 

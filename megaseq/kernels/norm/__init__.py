@@ -28,7 +28,7 @@ def norm(x: Tensor, *, weight: Tensor, bias: Tensor | None = None, kind: NormKin
     Args:
         x: [..., D].
         weight: [D], of any floating-point dtype.
-        bias: [D], of a centred norm, or None.
+        bias: [D], or None.
         kind: which norm.
 
     Returns:
@@ -39,8 +39,12 @@ def norm(x: Tensor, *, weight: Tensor, bias: Tensor | None = None, kind: NormKin
             this call.
     """
     if x.is_cpu and undirected():
-        # Small tensors in decoding take no longer than the checks.
-        return _torch_norm(x, weight=weight, bias=bias, kind=kind)
+        # Small tensors in decoding take no longer than the checks, which are left for what fails.
+        try:
+            return _torch_norm(x, weight=weight, bias=bias, kind=kind)
+        except RuntimeError:
+            _check(x, weight=weight, bias=bias, residual=None, op=_OP)
+            raise
     _check(x, weight=weight, bias=bias, residual=None, op=_OP)
     chosen = _choose(x, weight=weight, bias=bias, residual=None, kind=kind)
     if chosen == "triton":
@@ -68,6 +72,9 @@ def add_norm(
     Raises:
         KernelError: as `norm`.
     """
+    if x.is_cpu and undirected() and residual.shape == x.shape:
+        total = residual + x
+        return norm(total, weight=weight, bias=bias, kind=kind), total
     _check(x, weight=weight, bias=bias, residual=residual, op="add_norm")
     if _choose(x, weight=weight, bias=bias, residual=residual, kind=kind) == "triton":
         y, total, *_ = triton_norm(x, residual, weight, bias, kind.eps, kind.centred, kind.add_one)
@@ -120,7 +127,8 @@ def _torch_norm(x: Tensor, *, weight: Tensor, bias: Tensor | None, kind: NormKin
     if kind.centred:
         return torch.layer_norm(x, weight.shape, weight, bias, kind.eps)
     # Only with a weight of the input's dtype is the fused path taken.
-    return torch.rms_norm(x, weight.shape, weight if weight.dtype is x.dtype else weight.to(x.dtype), kind.eps)
+    y = torch.rms_norm(x, weight.shape, weight if weight.dtype is x.dtype else weight.to(x.dtype), kind.eps)
+    return y if bias is None else y + bias.to(x.dtype)
 
 
 def _choose(x: Tensor, *, weight: Tensor, bias: Tensor | None, residual: Tensor | None, kind: NormKind) -> str:
@@ -134,9 +142,7 @@ def _choose(x: Tensor, *, weight: Tensor, bias: Tensor | None, residual: Tensor 
     of_apex = _unfit_for_apex(x, weight=weight, bias=bias, residual=residual, kind=kind)
     if of_apex is not None:
         impossible["apex"] = of_apex
-    if not kind.centred and bias is not None:
-        impossible["torch"] = "its RMSNorm has no bias"
-    automatic = "reference" if "torch" in impossible else "torch"
+    automatic = "torch"
     if x.device.type == "cuda":
         automatic = "apex" if of_apex is None else "triton" if reason is None else automatic
     return choose(_OP, automatic=automatic, impossible=impossible)

@@ -77,6 +77,7 @@ def compile_cases() -> list[CompileCase]:
         name = str(dtype).removeprefix("torch.")
         found[f"{name}_layer"] = _train, 1024, dtype, LAYER, default(1024)
         found[f"{name}_rms"] = _train, 1024, dtype, RMS, default(1024)
+    found["autocast"] = functools.partial(_train, stream=torch.float32), 1024, torch.bfloat16, LAYER, default(1024)
     found["int8"] = functools.partial(_quantize, form=torch.int8), 1024, torch.bfloat16, RMS, default(1024)
     cases = [
         CompileCase(name, functools.partial(launch, width, dtype=dtype, kind=kind, config=config))
@@ -88,34 +89,40 @@ def compile_cases() -> list[CompileCase]:
 
 
 def _train(
-    width: int, *, dtype: torch.dtype, kind: NormKind, config: Config, sums: tuple[bool, ...] = (False, True)
+    width: int,
+    *,
+    dtype: torch.dtype,
+    kind: NormKind,
+    config: Config,
+    sums: tuple[bool, ...] = (False, True),
+    stream: torch.dtype | None = None,
 ) -> None:
-    """Launches both kernels, with and without the sum."""
+    """Launches both kernels, with and without a sum; `stream` is the dtype of residual and weights if another."""
     from megaseq.kernels.norm.op import launch_backward, launch_forward
 
-    x, weight = torch.zeros(8, width, dtype=dtype), torch.ones(width, dtype=dtype)
+    x, weight = torch.zeros(8, width, dtype=dtype), torch.ones(width, dtype=stream or dtype)
     mean, rstd = torch.zeros(8), torch.ones(8)
     with override(norm=config, norm_backward=config):
         for summed in sums:
-            residual = x if summed else None
+            total = torch.zeros(8, width, dtype=stream or dtype) if summed else x
             launch_forward(
                 x,
-                residual=residual,
+                residual=total if summed else None,
                 weight=weight,
                 bias=weight if kind.centred else None,
                 kind=kind,
-                out=x,
-                total=residual,
+                out=total,
+                total=total if summed else None,
                 others=(mean, rstd, None),
             )
             launch_backward(
-                x,
-                dtotal=residual,
-                total=x,
+                total,
+                dtotal=total if summed else None,
+                total=total,
                 weight=weight,
                 statistics=(mean, rstd),
                 kind=kind,
-                ds=x,
+                ds=total,
                 wanted=(True, kind.centred),
             )
 

@@ -15,8 +15,12 @@ from megaseq.kernels.quantize.op import unfused
 from megaseq.kernels.rows import rows_of
 from megaseq.kernels.triton_runtime import config
 
-PROGRAMS_ON_HOST = 2
-"""Programs that share the rows of a backward pass where there is no GPU to ask for its size."""
+PROCESSORS_ON_HOST = 2
+"""What stands for the number of multiprocessors where there is no GPU."""
+TILES_OF_PROGRAM = 8
+"""Tiles that a program of a backward pass sums up, where there are enough for all multiprocessors."""
+PROGRAMS_OF_PROCESSOR = 4
+"""Programs for each multiprocessor, at most: as many hide the time that memory takes to answer."""
 
 
 def total_dtype(x: Tensor, *, residual: Tensor | None) -> torch.dtype:
@@ -118,7 +122,7 @@ def launch_backward(
     width = total.shape[-1]
     of_y, of_total, rows = rows_of(dy), rows_of(dy if dtotal is None else dtotal), rows_of(total)
     tile = config("norm_backward", key=_key(total, kind=kind), default=default(width))
-    programs = min(-(-rows.count // tile.blocks["ROWS"]), num_programs(total.device))
+    programs = num_programs(-(-rows.count // tile.blocks["ROWS"]), device=total.device)
     dweight, dbias = (
         torch.empty(programs, width, dtype=torch.float32, device=total.device) if want else None for want in wanted
     )
@@ -151,12 +155,18 @@ def _key(x: Tensor, *, kind: NormKind) -> str:
     return f"{x.dtype},D={x.shape[-1]},{'layer' if kind.centred else 'rms'}"
 
 
+def num_programs(tiles: int, *, device: torch.device) -> int:
+    """Programs that share the tiles of a backward pass: the more, the more sums torch has to add in the end."""
+    processors = _num_processors(device)
+    wanted = max(processors, -(-tiles // TILES_OF_PROGRAM))
+    return min(tiles, wanted, PROGRAMS_OF_PROCESSOR * processors)
+
+
 @functools.cache
-def num_programs(device: torch.device) -> int:
-    """Programs that share the rows of a backward pass: two for each multiprocessor."""
+def _num_processors(device: torch.device) -> int:
     if device.type != "cuda":
-        return PROGRAMS_ON_HOST
-    return 2 * int(torch.cuda.get_device_properties(device).multi_processor_count)
+        return PROCESSORS_ON_HOST
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
 @torch.library.custom_op("megaseq::norm", mutates_args=())

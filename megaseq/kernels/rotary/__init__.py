@@ -34,8 +34,12 @@ def rotate(x: Tensor, *, cosines: Tensor, sines: Tensor, interleaved: bool = Fal
             this call.
     """
     if x.is_cpu and undirected():
-        # Small tensors in decoding take no longer than the checks.
-        return reference_rotate(x, cosines=cosines, sines=sines, interleaved=interleaved)
+        # Small tensors in decoding take no longer than the checks, which are left for what fails.
+        try:
+            return reference_rotate(x, cosines=cosines, sines=sines, interleaved=interleaved)
+        except RuntimeError:
+            _check(x, cosines=cosines, sines=sines)
+            raise
     _check(x, cosines=cosines, sines=sines)
     reason = unfit(x, cosines, sines)
     automatic = "triton" if x.device.type == "cuda" and reason is None else "reference"

@@ -47,3 +47,10 @@ def test_what_does_not_fit_is_one_sentence(
     with pytest.raises(KernelError, match=f"activation: .*{words}") as caught:
         gated_activation(hidden, **options)  # type: ignore[arg-type]
     assert "\n" not in str(caught.value)
+
+
+def test_what_torch_refuses_is_one_sentence() -> None:
+    with pytest.raises(KernelError, match=r"activation: name must be one of relu, .*, but is softplus"):
+        gated_activation(torch.zeros(3, 4), name="softplus")
+    with pytest.raises(KernelError, match=r"activation: hidden must have shape \[..., 2F\], but is \[3, 5\]"):
+        gated_activation(torch.zeros(3, 5), name="relu")

@@ -43,6 +43,22 @@ def test_bits_of_the_reference(
         assert have.dtype is dtype and torch.equal(have, want)
 
 
+@pytest.mark.parametrize("dtypes", [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)])
+def test_dtypes_may_differ(
+    dtypes: tuple[torch.dtype, torch.dtype], device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As under autocast: what is dropped is rounded to its dtype, the sum is not."""
+    values, residual = (torch.randn(4, 90, device=device).to(dtype).requires_grad_() for dtype in dtypes)
+    results = []
+    for implementation in ("reference", "triton"):
+        monkeypatch.setenv("MEGASEQ_KERNELS", f"dropout={implementation}")
+        output = dropout_add(values, residual=residual, rate=0.3, key=KEY)
+        assert output.dtype is torch.float32
+        results.append((output, *torch.autograd.grad(output.square().sum(), (values, residual))))
+    assert all(torch.equal(have, want) for have, want in zip(*results, strict=True))
+    assert torch.equal(results[0][0], residual + dropout(values, rate=0.3, key=KEY))
+
+
 @pytest.mark.parametrize("config", configs(), ids=lambda config: f"{config.blocks['BLOCK']}x{config.num_warps}")
 def test_all_tile_sizes(config: object, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     case, values = DropoutCase("", (2, 4100)), torch.ones(2, 4100, device=device)

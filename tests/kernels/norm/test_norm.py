@@ -58,6 +58,22 @@ def test_in_host_memory_it_is_torchs_bit_by_bit(kind: NormKind, dtype: torch.dty
     assert torch.equal(norm(x, weight=weight, bias=bias if kind.centred else None, kind=kind), expected)
 
 
+@pytest.mark.parametrize("kind", [LAYER, RMS, NormKind(1e-6, add_one=True)])
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("directed", [False, True])
+def test_in_host_memory_it_is_the_reference(
+    kind: NormKind, biased: bool, directed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if directed:
+        monkeypatch.setenv("MEGASEQ_KERNELS", "norm=torch")
+    x, residual, weight, bias = (torch.randn(shape, dtype=torch.float64) for shape in ((3, 9), (3, 9), 9, 9))
+    bias = bias if biased else None
+    y, total = add_norm(x, residual=residual, weight=weight, bias=bias, kind=kind)
+    assert torch.equal(total, residual + x)
+    torch.testing.assert_close(y, reference_norm(total, weight=weight, bias=bias, kind=kind))
+    assert torch.equal(norm(total, weight=weight, bias=bias, kind=kind), y)
+
+
 @pytest.mark.parametrize("implementation", ["reference", "torch"])
 def test_one_can_ask_for_each(implementation: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MEGASEQ_KERNELS", f"norm={implementation}")
@@ -145,8 +161,21 @@ def test_apex_in_host_memory_is_an_error(monkeypatch: pytest.MonkeyPatch) -> Non
         ({"residual": torch.ones(2, 4)}, r"residual must have shape that of x = \[3, 4\], but is \[2, 4\]"),
     ],
 )
-def test_what_does_not_fit_is_one_sentence(change: dict[str, Tensor], words: str) -> None:
+def test_what_does_not_fit_is_one_sentence(
+    change: dict[str, Tensor], words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     arguments = {"x": torch.zeros(3, 4), "residual": torch.zeros(3, 4), "weight": torch.ones(4), **change}
-    with pytest.raises(KernelError, match=f"add_norm: {words}") as caught:
-        add_norm(arguments.pop("x"), kind=RMS, **arguments)
-    assert "\n" not in str(caught.value)
+    x = arguments.pop("x")
+    for kernels in ("auto", "norm=reference"):
+        monkeypatch.setenv("MEGASEQ_KERNELS", kernels)
+        with pytest.raises(KernelError, match=f"add_norm: {words}") as caught:
+            add_norm(x, kind=RMS, **arguments)
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", [LAYER, RMS])
+def test_what_torch_refuses_is_one_sentence(kind: NormKind) -> None:
+    with pytest.raises(KernelError, match=r"norm: weight must have shape \[D\] = \[4\], but is \[5\]"):
+        norm(torch.zeros(3, 4), weight=torch.ones(5), kind=kind)
+    with pytest.raises(KernelError, match=r"norm: x must be floating point, but is torch\.int64"):
+        norm(torch.zeros(3, 4, dtype=torch.int64), weight=torch.ones(4), kind=kind)

@@ -10,7 +10,7 @@ from megaseq.kernels.checks import KernelError
 from megaseq.kernels.norm import NormKind, add_norm, norm, norm_quantize
 from megaseq.kernels.norm.cases import CASES, LAYER, RMS, TOLERANCE, NormCase
 from megaseq.kernels.norm.configs import WIDEST, configs
-from megaseq.kernels.norm.op import triton_norm, triton_norm_backward, triton_norm_quantize
+from megaseq.kernels.norm.op import num_programs, triton_norm, triton_norm_backward, triton_norm_quantize
 from megaseq.kernels.norm.reference import reference_norm
 from megaseq.kernels.quantize.formats import FORMATS, FormatName
 from megaseq.kernels.triton_runtime import override
@@ -235,3 +235,9 @@ def test_rows_beyond_two_to_the_31(device: torch.device) -> None:
 def test_rows_that_do_not_fit_are_refused(device: torch.device) -> None:
     with pytest.raises(KernelError, match=f"its kernels hold rows of at most {WIDEST} elements, not {WIDEST + 1}"):
         norm(torch.zeros(1, WIDEST + 1, device=device), weight=torch.ones(WIDEST + 1, device=device), kind=RMS)
+
+
+@pytest.mark.parametrize(("tiles", "programs"), [(1, 1), (2, 2), (5, 2), (24, 3), (64, 8), (100_000, 8)])
+def test_programs_of_a_backward_pass(tiles: int, programs: int) -> None:
+    """One for each of two multiprocessors, as long as none has 8 tiles; no more than 4 for each."""
+    assert num_programs(tiles, device=torch.device("cpu")) == programs

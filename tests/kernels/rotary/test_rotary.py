@@ -130,3 +130,11 @@ def test_what_does_not_fit_is_one_sentence(
     with pytest.raises(KernelError, match=f"rotary: {words}") as caught:
         rotate(arguments.pop("x"), **arguments)
     assert "\n" not in str(caught.value)
+
+
+def test_what_torch_refuses_is_one_sentence() -> None:
+    angles = torch.zeros(2, 4, 1, 8)
+    with pytest.raises(
+        KernelError, match=r"rotary: cosines must have shape .* = \[1\|2, 3, 1, 8\], but is \[2, 4, 1, 8\]"
+    ):
+        rotate(torch.zeros(2, 3, 1, 8), cosines=angles, sines=angles)
