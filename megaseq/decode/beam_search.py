@@ -18,10 +18,10 @@ from megaseq.decode.constraints import View, forbid_early_end, force_prefix
 from megaseq.decode.device_loop import DeviceLoop
 from megaseq.decode.finished import Finished
 from megaseq.decode.hypothesis import Hypothesis
-from megaseq.decode.protocol import StepDecoder, step_with_attention
+from megaseq.decode.protocol import StepBest, StepDecoder, step_with_attention
 from megaseq.decode.rules import BeamRules
 from megaseq.decode.search import Limits, Search, check_eos, raise_nan
-from megaseq.kernels.beam_step.log_softmax import log_probabilities
+from megaseq.kernels.beam_step.log_softmax import log_probabilities, log_softmax_topk
 from megaseq.kernels.beam_step.topk import NEG_INF
 
 
@@ -73,7 +73,8 @@ class BeamSearch(Search):
 
         device_loop: bool | None = None
         """Whether sources that are done stay in the batch, masked, so that no step waits for the host; otherwise they
-        leave at once, and late steps cost only what is left. The outputs are the same. None: on a GPU."""
+        leave at once, and late steps cost only what is left. The outputs are the same. None: on a GPU, unless the
+        logits lie on another one."""
         device_loop_steps: int = 16
         """With `device_loop`: steps after which the host looks which sources are done, and drops those."""
 
@@ -125,7 +126,8 @@ class BeamSearch(Search):
         if num_sources == 0:
             return []
         num_steps = int(start.limits.most.max())
-        if start.tokens.is_cuda if p.device_loop is None else p.device_loop:
+        step_best = self._step_best(decoder, prefix=prefix)
+        if (start.tokens.is_cuda and step_best is None) if p.device_loop is None else p.device_loop:
             loop = DeviceLoop(self._rules, constraints=self._constraints, steps_between_looks=p.device_loop_steps)
             found = loop.search(decoder, start=start, num_steps=num_steps, prefix=prefix)
             return found.hypotheses(num_best=p.num_best)
@@ -140,13 +142,17 @@ class BeamSearch(Search):
         if p.coverage_penalty:
             beam.lengths = start.lengths
         state, tokens, step = start.state, start.tokens, 0
+        seen: torch.Tensor | candidates.Best
         while beam.rows.numel():
             if p.coverage_penalty:
-                logits, attention, state = step_with_attention(decoder, state=state, tokens=tokens)
+                seen, attention, state = step_with_attention(decoder, state=state, tokens=tokens)
                 beam.add_attention(attention)
+            elif step_best is not None:
+                top, state = step_best(state, tokens=tokens, best=self._best, count=self._rules.count)
+                seen = candidates.Best(*top)
             else:
-                logits, state = decoder.step(state, tokens=tokens)
-            parents = self._advance(beam, logits=logits, step=step, finished=finished, prefix=prefix)
+                seen, state = decoder.step(state, tokens=tokens)
+            parents = self._advance(beam, seen=seen, step=step, finished=finished, prefix=prefix)
             if parents is not None:
                 if beam.rows.numel() == 0:
                     break
@@ -155,13 +161,35 @@ class BeamSearch(Search):
             step += 1
         return finished.hypotheses(num_best=p.num_best)
 
+    def _best(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        return log_softmax_topk(logits, k=self._rules.count, column=self.eos_id)
+
+    def _step_best(self, decoder: StepDecoder, *, prefix: torch.Tensor | None) -> StepBest | None:
+        """Returns the decoder's way to give the best tokens alone, where it has one and nothing reads the others."""
+        p = self.params
+        if self._constraints or p.min_seq_len or p.min_length_ratio or p.coverage_penalty or prefix is not None:
+            return None
+        if self.eos_id >= getattr(decoder, "vocab_size", 0):
+            return None  # All ranks are to say so, and not only the one that has the logits.
+        found: StepBest | None = getattr(decoder, "step_best", None)
+        return found
+
     def _advance(
-        self, beam: _Beam, *, logits: torch.Tensor, step: int, finished: Finished, prefix: torch.Tensor | None
+        self,
+        beam: _Beam,
+        *,
+        seen: torch.Tensor | candidates.Best,
+        step: int,
+        finished: Finished,
+        prefix: torch.Tensor | None,
     ) -> _Parents | None:
         """One step after the model: updates `beam` and `finished`; returns what the decoder must select, or None."""
         p = self.params
         last = beam.limits.most <= step + 1
-        proposals = self._propose(beam, logits=logits, step=step, last=last, prefix=prefix)
+        if isinstance(seen, candidates.Best):
+            proposals = candidates.propose_best(seen, total=beam.total, rule=self._rules.eos)
+        else:
+            proposals = self._propose(beam, logits=seen, step=step, last=last, prefix=prefix)
         going = candidates.next_beam(proposals, eos_id=self.eos_id, size=p.num_hyps_per_beam)
         ended = self._rules.ended(proposals, going=going, last=last)
         if step == 0 and not p.allow_empty_terminated_hyp:

@@ -36,6 +36,16 @@ class Proposals:
     eos_allowed: torch.Tensor
 
 
+@dataclass(frozen=True)
+class Best:
+    """What a step gives of each hypothesis' next token where that is all that a search asks for: the best `values` and
+    `ids` [R, N] of the log-probabilities, best first, and that of the end-of-sequence token, `eos` [R]."""
+
+    values: torch.Tensor
+    ids: torch.Tensor
+    eos: torch.Tensor
+
+
 @dataclass
 class Extensions:
     """Some extensions, E of each source: hypothesis `score`, `parents` (which of the K) and `ids`, each [B, E]; a score
@@ -66,8 +76,12 @@ def propose(scores: torch.Tensor, *, total: torch.Tensor, count: int, rule: EosR
 
 def propose_from_logits(logits: torch.Tensor, *, total: torch.Tensor, count: int, rule: EosRule) -> Proposals:
     """The same from logits [B * K, V] that no constraint changes."""
-    values, ids, eos_local = log_softmax_topk(logits, k=count, column=rule.eos_id)
-    return _proposals(values, ids=ids, eos_local=eos_local.view(total.shape), total=total, rule=rule)
+    return propose_best(Best(*log_softmax_topk(logits, k=count, column=rule.eos_id)), total=total, rule=rule)
+
+
+def propose_best(best: Best, *, total: torch.Tensor, rule: EosRule) -> Proposals:
+    """The same from the best of the logits, for R = B * K hypotheses."""
+    return _proposals(best.values, ids=best.ids, eos_local=best.eos.view(total.shape), total=total, rule=rule)
 
 
 def _proposals(

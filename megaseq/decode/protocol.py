@@ -5,6 +5,7 @@ Shapes: B sources still in the batch, K hypotheses of each, S source positions, 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Protocol, cast
 
 import torch
@@ -62,6 +63,32 @@ def reorder(decoder: StepDecoder, *, state: State, sources: torch.Tensor, hyps: 
     if hasattr(decoder, "reorder"):
         return cast(Reordering, decoder).reorder(state, hyps=hyps)
     return decoder.select(state, sources=sources, hyps=hyps)
+
+
+class StepBest(Protocol):
+    """The method `step_best` of a decoder whose logits lie elsewhere: it fetches what a search reads of them.
+
+    A decoder that has it also has `vocab_size`. Only searches that need no more than the best tokens call it.
+    """
+
+    def __call__(
+        self,
+        state: State,
+        *,
+        tokens: torch.Tensor,
+        best: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor, torch.Tensor]],
+        count: int,
+    ) -> tuple[tuple[torch.Tensor, torch.Tensor, torch.Tensor], State]:
+        """Does a step; returns what `best` makes of its logits, and the new state.
+
+        Args:
+            state: as in `StepDecoder.step`.
+            tokens: [B * K], each hypothesis' last token.
+            best: maps logits [B * K, V] to fp32 values [B * K, N], ids [B * K, N] and fp32 values [B * K]; called where
+                the logits are.
+            count: N, unless V is less.
+        """
+        ...
 
 
 def step_with_attention(

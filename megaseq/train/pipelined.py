@@ -73,7 +73,7 @@ class PipelinedTask:
         task: object = self._task
         if isinstance(task, EncoderDecoder):
             decoder = self._decoder(task)
-            for name in ("prefill", "step", "select"):
+            for name in ("prefill", "step", "step_best", "select", "reorder", "vocab_size"):
                 object.__setattr__(self._task, name, getattr(decoder, name))
 
     def _decoder(self, task: EncoderDecoder) -> PipelinedDecoder:

@@ -418,3 +418,51 @@ def test_special_tokens_of_a_search_alone() -> None:
     assert params.target_sos_id is None and not params.check()
     problems = BeamSearch.Params(target_eos_id=-1, min_seq_len=256).check()
     assert [str(problem).split(":")[0] for problem in problems] == ["target_eos_id", "min_seq_len"]
+
+
+class DistantDecoder(TableDecoder):
+    """Its logits lie elsewhere: whoever wants the best alone is given no others."""
+
+    vocab_size = 7
+
+    def __init__(self, table: Table) -> None:
+        super().__init__(table)
+        self.asked: list[str] = []
+
+    def step(self, state: Any, *, tokens: torch.Tensor, need_attention: bool = False) -> tuple[torch.Tensor, Any]:
+        self.asked.append("all")
+        return super().step(state, tokens=tokens, need_attention=need_attention)
+
+    def step_best(self, state: Any, *, tokens: torch.Tensor, best: Callable[..., Any], count: int) -> tuple[Any, Any]:
+        logits, after = super().step(state, tokens=tokens)
+        found = best(logits)
+        assert found[0].shape == found[1].shape == (tokens.shape[0], min(count, self.vocab_size))
+        self.asked.append("best")
+        return found, after
+
+
+@pytest.mark.parametrize("options", [{}, {"candidates": "merged"}, {"num_hyps_per_beam": 9}, {"max_length_ratio": 2.0}])
+def test_the_best_tokens_are_enough_without_constraints(options: dict[str, Any]) -> None:
+    table = random_table(3, vocab=7)
+    options = {"num_hyps_per_beam": 3, "target_seq_len": 6} | options
+    decoder = DistantDecoder(table)
+    assert run(decoder, count=4, **options) == run(TableDecoder(table), count=4, **options)
+    assert set(decoder.asked) == {"best"}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"processors": (SuppressedTokens.Params(token_ids=(2,)),)},
+        {"min_seq_len": 2},
+        {"min_length_ratio": 0.5},
+        {"prefix": torch.tensor([[4]])},
+    ],
+    ids=lambda options: next(iter(options)),
+)
+def test_constraints_ask_for_all_logits(options: dict[str, Any]) -> None:
+    table = random_table(3, vocab=7)
+    options = {"num_hyps_per_beam": 3, "target_seq_len": 6} | options
+    decoder = DistantDecoder(table)
+    assert run(decoder, **options) == run(TableDecoder(table), **options)
+    assert set(decoder.asked) == {"all"}

@@ -9,6 +9,7 @@ import torch
 
 from megaseq.base import Configurable, NestedMap
 from megaseq.decode import BeamSearch, GreedySearch, Sampler
+from megaseq.parallel.pipeline.links import Links
 
 from .harness import run_ranks
 from .parity import Case, make_engine, packed_batch
@@ -28,6 +29,8 @@ def _sources(rows: int) -> NestedMap:
 SEARCHES: dict[str, Configurable.Params] = {
     # The limits are of each source, so that they end at very different steps.
     "beam": BeamSearch.Params(num_hyps_per_beam=3, target_seq_len=24, max_length_ratio=2.0, coverage_penalty=0.1),
+    "plain beam": BeamSearch.Params(num_hyps_per_beam=3, target_seq_len=24, max_length_ratio=2.0),
+    "masked beam": BeamSearch.Params(num_hyps_per_beam=2, target_seq_len=12, device_loop=True, device_loop_steps=4),
     "greedy": GreedySearch.Params(target_seq_len=24, max_length_ratio=2.0),
     "sampling": Sampler.Params(target_seq_len=20, max_length_ratio=1.5),
 }
@@ -35,6 +38,7 @@ SEARCHES: dict[str, Configurable.Params] = {
 
 def _decode_rank(rank: int, parallel: dict[str, Any]) -> tuple[int, float, dict[str, Found]]:
     """Returns the data rank, the loss of a batch, and what this rank's sources became."""
+    torch.set_flush_denormal(True)
     changes = {"decoder.num_layers": 3, "encoder.num_layers": 2}
     engine = make_engine(Case(parallel=parallel, task=changes), rank=rank)
     data_rank, data_ranks = (0, 1) if engine.mesh is None else (engine.mesh.index("data"), engine.mesh.size("data"))
@@ -51,6 +55,30 @@ def _decode_rank(rank: int, parallel: dict[str, Any]) -> tuple[int, float, dict[
             found[name] = [[(h.ids, round(h.score, 4)) for h in best] for best in hypotheses]
     engine.train_step(packed_batch(0).transform(lambda t: t[data_rank::data_ranks]), step=1)
     return data_rank, float(output.loss_sum / output.weight), found
+
+
+def _traffic_rank(rank: int) -> dict[str, int]:
+    """The most numbers of a row that a step of each search sends to all ranks."""
+    engine = make_engine(Case(parallel={"pipe": 2}), rank=rank)
+    widest: dict[str, int] = {}
+    plain = Links.from_stage
+    with pytest.MonkeyPatch.context() as patch, engine.evaluating() as task:
+        for name, search in SEARCHES.items():
+
+            def noting(links: Links, tensor: Any, *, shape: Any, name: str = name, **options: Any) -> Any:
+                if len(shape) == 2:
+                    widest[name] = max(widest.get(name, 0), shape[1])
+                return plain(links, tensor, shape=shape, **options)
+
+            patch.setattr(Links, "from_stage", noting)
+            task.decode(_sources(3), search=search)
+    return widest
+
+
+def test_a_search_that_reads_the_best_tokens_gets_no_others() -> None:
+    for widest in run_ranks(_traffic_rank, world_size=2):
+        whole = dict.fromkeys(("beam", "masked beam", "greedy", "sampling"), 64)
+        assert widest == whole | {"plain beam": 2 * (3 + 1) + 1}
 
 
 LAYOUTS: list[tuple[dict[str, Any], int]] = [

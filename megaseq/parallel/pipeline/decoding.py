@@ -1,13 +1,13 @@
 """Token-by-token decoding through a pipeline.
 
 Every rank of the pipeline runs the same search on the same logits, which the last stage sends to all of them after
-each step. So all ranks take the same decisions: a source that has ended leaves the batch on all of them at once, and
-none ever waits for one that has stopped.
+each step; where the search reads the best few alone, these are all that is sent. So all ranks take the same decisions:
+a source that has ended leaves the batch on all of them at once, and none ever waits for one that has stopped.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import torch
@@ -68,7 +68,8 @@ class PipelinedDecoder:
         self._model = model
         self._parts = dict(parts)
         self._links = links
-        self._width, self._vocab_size, self._dtype = width, vocab_size, dtype
+        self._width, self._dtype = width, dtype
+        self.vocab_size = vocab_size
         stages = links.plan.stages
         of_target = [s.index for s in stages if any(f.side == "target" for unit in s.units for f in unit.leaves)]
         of_source = [s.index for s in stages if any(_is_source(unit) for unit in s.units)]
@@ -119,20 +120,9 @@ class PipelinedDecoder:
     @torch.no_grad()
     def step(self, state: NestedMap, *, tokens: Tensor, need_attention: bool = False) -> tuple[Tensor, NestedMap]:
         """Feeds the last token of each hypothesis; see `StepDecoder.step`."""
-        rows = tokens.shape[0]
-        states = dict(zip(self._parts, state.states, strict=True))
-        x = tokens
-        last = self._decoder_stages[-1]
-        for index in self._decoder_stages:
-            if not self._links.is_here(index):
-                continue
-            part = self._parts[index]
-            if not part.begins and not self._links.is_here(index - 1):
-                x = self._links.receive_tensor((rows, self._width), dtype=self._dtype, stage=index - 1)
-            x, states[index] = part.step(states[index], x=x, need_attention=need_attention)
-            if index != last and not self._links.is_here(index + 1):
-                self._links.send((x.to(self._dtype).contiguous(),), stage=index + 1)
-        logits = self._of_stage(last, lambda: x, shape=(rows, self._vocab_size), dtype=torch.float32)
+        rows, last = tokens.shape[0], self._decoder_stages[-1]
+        x, states = self._run(state, tokens=tokens, need_attention=need_attention)
+        logits = self._of_stage(last, lambda: x, shape=(rows, self.vocab_size), dtype=torch.float32)
         attention: Tensor | None = None
         if need_attention:
             attention = self._of_stage(
@@ -145,6 +135,45 @@ class PipelinedDecoder:
         return logits, NestedMap({**state, "states": tuple(states.values()), "attention_probs": attention})
 
     @torch.no_grad()
+    def step_best(
+        self,
+        state: NestedMap,
+        *,
+        tokens: Tensor,
+        best: Callable[[Tensor], tuple[Tensor, Tensor, Tensor]],
+        count: int,
+    ) -> tuple[tuple[Tensor, Tensor, Tensor], NestedMap]:
+        """Does a step; returns on all ranks what `best` makes of the logits. See `megaseq.decode.protocol.StepBest`."""
+        rows, last, count = tokens.shape[0], self._decoder_stages[-1], min(count, self.vocab_size)
+        x, states = self._run(state, tokens=tokens, need_attention=False)
+
+        def packed() -> Tensor:
+            # In one message: ids travel as the bits of numbers, which nothing on the way looks at.
+            values, ids, column = best(x.float())
+            return torch.cat([values, column.unsqueeze(1), ids.int().view(torch.float32)], dim=1)
+
+        sent = self._of_stage(last, packed, shape=(rows, 2 * count + 1), dtype=torch.float32)
+        self._links.wait()
+        ids = sent[:, count + 1 :].contiguous().view(torch.int32).long()
+        after = NestedMap({**state, "states": tuple(states.values()), "attention_probs": None})
+        return (sent[:, :count], ids, sent[:, count]), after
+
+    def _run(self, state: NestedMap, *, tokens: Tensor, need_attention: bool) -> tuple[Tensor, dict[int, NestedMap]]:
+        """Runs this rank's stages; returns what the last of them gave, and the new states by stage."""
+        states = dict(zip(self._parts, state.states, strict=True))
+        x, last = tokens, self._decoder_stages[-1]
+        for index in self._decoder_stages:
+            if not self._links.is_here(index):
+                continue
+            part = self._parts[index]
+            if not part.begins and not self._links.is_here(index - 1):
+                x = self._links.receive_tensor((tokens.shape[0], self._width), dtype=self._dtype, stage=index - 1)
+            x, states[index] = part.step(states[index], x=x, need_attention=need_attention)
+            if index != last and not self._links.is_here(index + 1):
+                self._links.send((x.to(self._dtype).contiguous(),), stage=index + 1)
+        return x, states
+
+    @torch.no_grad()
     def select(self, state: NestedMap, *, sources: Tensor, hyps: Tensor) -> NestedMap:
         """Keeps `sources` and, of each, the hypotheses `hyps`; see `StepDecoder.select`."""
         states = tuple(
@@ -152,6 +181,10 @@ class PipelinedDecoder:
             for part, own in zip(self._parts.values(), state.states, strict=True)
         )
         return NestedMap({**state, "states": states})
+
+    def reorder(self, state: NestedMap, *, hyps: Tensor) -> NestedMap:
+        """Keeps all sources and, of each, the hypotheses `hyps`; the model's own knows nothing of stages."""
+        return self.select(state, sources=torch.arange(hyps.shape[0], device=hyps.device), hyps=hyps)
 
 
 def _is_source(unit: Any) -> bool:
