@@ -68,16 +68,18 @@ def attention(
     if dropout is not None and dropout.rate == 0.0:
         dropout = None
     wanted = requested("attention")
+    # The kernels have a place in a compiled graph, which cannot look at the mask's tensors to cut it up.
+    looks = wanted != "triton"
     shortcut = None
-    if mask is not None and wanted != "triton":
-        # Not for the kernels, which a compiled graph may hold: it reads the mask's tensors.
+    if mask is not None and looks:
         shortcut = mask.shortcut(query_length=query_length, key_length=key_length)
     if shortcut == "full":
         mask = None
     plain = soft_cap is None and dropout is None
     plan = None
     cuttable = bias is None or (isinstance(bias, RelativeBias) and query_length == key_length)
-    if cuttable and soft_cap is None and query.device.type == "cpu" and mask is not None and shortcut is None:
+    on_host = looks and query.device.type == "cpu"
+    if cuttable and soft_cap is None and on_host and mask is not None and shortcut is None:
         plan = mask.plan()
     unfit: str | None = "it is not made for this device"
     if wanted != "auto" or fused.preferred(query.device):

@@ -261,5 +261,7 @@ def _apart(shape: Shape, *, device: torch.device) -> Callable[[], object]:
 
 
 def _candidates(shape: Shape, *, arch: int) -> dict[str, Sequence[Config]]:
-    options = {"dtype": torch.bfloat16, "head": shape.head_dim, "bias": shape.biased, "dropout": False, "arch": arch}
-    return {kernel: candidates(kernel, **options) for kernel in (FORWARD, OF_QUERY, OF_KEY)}  # type: ignore[arg-type]
+    return {
+        kernel: candidates(kernel, dtype=torch.bfloat16, head=shape.head_dim, bias=shape.biased, arch=arch)
+        for kernel in (FORWARD, OF_QUERY, OF_KEY)
+    }

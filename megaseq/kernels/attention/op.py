@@ -44,8 +44,9 @@ def _forward(
     from megaseq.kernels.attention.triton_launch import Call, launch_forward
 
     call = Call(
-        _rows(query), _rows(key), _rows(value), query_ids, key_ids, key_ranges, query_ranges, table, slopes, runs,
-        scale, soft_cap, shift, low, high, first, rate, dropout_key, dropout_offset,
+        _rows(query), _rows(key), _rows(value), query_ids, key_ids, key_ranges, query_ranges, table, slopes,
+        None if runs is None else runs.contiguous(), scale, soft_cap, shift, low, high, first, rate, dropout_key,
+        dropout_offset,
     )  # fmt: skip
     return launch_forward(call)
 
@@ -88,13 +89,14 @@ def _backward(
     from megaseq.kernels.attention.triton_launch import Call, launch_backward
 
     call = Call(
-        _rows(query), _rows(key), _rows(value), query_ids, key_ids, key_ranges, query_ranges, table, slopes, runs,
-        scale, soft_cap, shift, low, high, first, rate, dropout_key, dropout_offset,
+        _rows(query), _rows(key), _rows(value), query_ids, key_ids, key_ranges, query_ranges, table, slopes,
+        None if runs is None else runs.contiguous(), scale, soft_cap, shift, low, high, first, rate, dropout_key,
+        dropout_offset,
     )  # fmt: skip
     dq, dk, dv, of_table = launch_backward(
         call,
-        output=output,
-        log_sum=log_sum,
+        output=output.contiguous(),
+        log_sum=log_sum.contiguous(),
         of_output=_rows(of_output),
         of_log_sum=None if of_log_sum is None else of_log_sum.contiguous(),
         trained=table_is_trained,

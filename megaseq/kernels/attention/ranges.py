@@ -37,9 +37,14 @@ class SegmentRanges:
 
 def segment_ranges(query_ids: Tensor, *, key_ids: Tensor) -> SegmentRanges:
     """Computes the ranges of rows with segment ids [B, T] and [B, S], 0 for padding; nothing waits for the device."""
-    query_ids, key_ids = query_ids.to(torch.int32).contiguous(), key_ids.to(torch.int32).contiguous()
-    queries, keys = _Granules(query_ids), _Granules(key_ids)
-    return SegmentRanges(query_ids, key_ids, _ranges(queries, others=keys), _ranges(keys, others=queries))
+    own = query_ids.to(torch.int32).contiguous()
+    queries = _Granules(own)
+    if query_ids is key_ids:
+        ranges = _ranges(queries, others=queries)
+        return SegmentRanges(own, own, ranges, ranges)
+    others = key_ids.to(torch.int32).contiguous()
+    keys = _Granules(others)
+    return SegmentRanges(own, others, _ranges(queries, others=keys), _ranges(keys, others=queries))
 
 
 class _Granules:

@@ -60,10 +60,10 @@ class Call:
 
     def config(self, kernel: str) -> triton_runtime.Config:
         """The tile sizes of a kernel."""
-        dtype, head = self.query.dtype, padded(self.query.shape[3])
+        dtype, head = self.query.dtype, configs.padded(self.query.shape[3])
         bias, dropout = self.table is not None, self.rate > 0.0
         arch = triton_runtime.architecture()
-        default = configs.default(kernel, dtype=dtype, head=head, bias=bias, dropout=dropout, arch=arch)
+        default = configs.default(kernel, dtype=dtype, head=head, bias=bias, arch=arch)
         name = configs.key_of(dtype=dtype, head=head, bias=bias, dropout=dropout)
         return triton_runtime.config(kernel, key=name, default=default)
 
@@ -95,7 +95,7 @@ class Call:
             "threshold": threshold_of(self.rate),
             "inverse_kept": 1.0 / (1.0 - self.rate),
             "HEAD": width,
-            "BLOCK_D": padded(width),
+            "BLOCK_D": configs.padded(width),
             "GRANULE": GRANULE,
             "HAS_CAP": self.soft_cap > 0.0,
             "LOW": self.low > -UNBOUNDED,
@@ -109,11 +109,6 @@ class Call:
         if table is not None:
             table = functional.pad((table.float() * LOG2_E)[None], (TABLE_PAD, TABLE_PAD), mode="replicate")[0]
         return table, None if slopes is None else slopes.float() * LOG2_E
-
-
-def padded(head: int) -> int:
-    """The width of a tile for heads of width `head`: a power of two that the matrix units take."""
-    return max(16, 1 << (head - 1).bit_length())
 
 
 def strides_of(tensor: Tensor, *, name: str, axes: str) -> dict[str, int]:
