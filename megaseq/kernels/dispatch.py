@@ -33,6 +33,7 @@ IMPLEMENTATIONS: Mapping[str, tuple[str, ...]] = {
     "norm": ("reference", "torch", "apex", "triton"),
     "quantize": ("reference", "triton"),
     "rotary": ("reference", "triton"),
+    "scaled_linear": ("reference", "int_mm", "fp32", "scaled_mm", "triton"),
 }
 """All ops and the names of their implementations, also of those that need hardware or packages that may be absent."""
 

@@ -15,7 +15,7 @@ DENSITY = tl.constexpr(0.3989422804014327)
 
 
 @triton.jit
-def _activated(x, NAME: tl.constexpr):
+def activated(x, NAME: tl.constexpr):
     """The activation of x and its derivative there; the compiler drops what is not used."""
     if NAME == "relu":
         # Written so that a NaN stays one.
@@ -69,7 +69,7 @@ def activation_kernel(
     column = program % blocks * BLOCK + tl.arange(0, BLOCK)
     inside = column < F
     place = row_offsets(row, inner, outer_stride, inner_stride) + column
-    y, _ = _activated(tl.load(X + place, mask=inside, other=0.0).to(tl.float32), NAME)
+    y, _ = activated(tl.load(X + place, mask=inside, other=0.0).to(tl.float32), NAME)
     if GATED:
         y *= tl.load(X + place + F, mask=inside, other=0.0).to(tl.float32)
     tl.store(Y + row * F + column, y.to(Y.dtype.element_ty), mask=inside)
@@ -98,7 +98,7 @@ def activation_backward_kernel(
     column = program % blocks * BLOCK + tl.arange(0, BLOCK)
     inside = column < F
     place = row_offsets(row, inner, outer_stride, inner_stride) + column
-    y, slope = _activated(tl.load(X + place, mask=inside, other=0.0).to(tl.float32), NAME)
+    y, slope = activated(tl.load(X + place, mask=inside, other=0.0).to(tl.float32), NAME)
     of_y = row_offsets(row, y_inner, y_outer_stride, y_inner_stride) + column
     dy = tl.load(DY + of_y, mask=inside, other=0.0).to(tl.float32)
     if GATED:
