@@ -6,7 +6,8 @@ The state is a NestedMap:
 - `memory`: for each layer the keys and values [B, S, M, H] of its cross-attention, once for each source and never
   copied for its hypotheses, which attend to it as if they were places of one query.
 - `memory_segment_ids`: [B, S] or None; `memory_mask`: the AttentionMask made of it.
-- `memory_counts`: [B], how many of its S places each source has, where the extension attends to them; else None.
+- `memory_counts`: [B], how many of its S places each source has, where keys are looked up; else None.
+- `lookup`: whether keys are looked up in tables, `by_op`: by `decode_attention` and not by the compiled extension.
 - `cache`: the `TokenCache` of the self-attentions' keys and values.
 - `history`: for each layer its position bias [1, N, 1, capacity], longest distance first, or None.
 - `attention_probs`: [B*K, S], after a step with `need_attention`: the last cross-attention's weights, mean over heads.
@@ -26,6 +27,8 @@ from megaseq.base import NestedMap
 from megaseq.base.errors import must
 from megaseq.kernels.attention import AttentionMask
 from megaseq.kernels.attention.lookup import attend_shared, fits_lookup
+from megaseq.kernels.decode_attention import KeyValueCache, decode_attention, wanted_for
+from megaseq.kernels.decode_attention.configs import MAX_WIDTH
 from megaseq.layers.attention import CrossAttention, SelfAttention
 from megaseq.layers.norm import Norm
 from megaseq.layers.positions import Positions
@@ -84,6 +87,7 @@ def prefill(decoder: StepStack, *, memory: NestedMap) -> NestedMap:
         memory_mask=_mask(segment_ids),
         memory_counts=None,
         lookup=lookup,
+        by_op=wanted_for(memory.states),
         like=memory.states.new_empty(0),
         cache=cache,
         history=(),
@@ -166,7 +170,12 @@ def _cross_attention_step(block: CrossAttention, *, x: Tensor, key: Tensor, valu
     if not state.lookup or (counts is None and mask is not None):
         out: Tensor = block(x, key=key, value=value, mask=mask)
         return out
-    heads = attend_shared(block.project_query(x), key=key, value=value, counts=counts, scale=block.scale)
+    query = block.project_query(x)
+    if state.by_op:
+        cache, soft_cap = KeyValueCache(key, value), block.params.soft_cap
+        heads = decode_attention(query, cache=cache, lengths=counts, scale=block.scale, soft_cap=soft_cap)
+    else:
+        heads = attend_shared(query, key=key, value=value, counts=counts, scale=block.scale)
     return block.leave(x, block.output(heads.flatten(2)))
 
 
@@ -195,15 +204,35 @@ def select(state: NestedMap, *, sources: Tensor, hyps: Tensor) -> NestedMap:
         if state.memory_segment_ids is not None:
             state.memory_segment_ids = state.memory_segment_ids.index_select(0, sources)
             state.memory_mask = _mask(state.memory_segment_ids)
-            _count_memory(state)
+        if state.memory_counts is not None:
+            state.memory_counts = state.memory_counts.index_select(0, sources)
     state.num_sources, state.num_hypotheses = new
     return state
 
 
+def reorder(state: NestedMap, *, hyps: Tensor) -> NestedMap:
+    """`select` of all sources, which reads nothing back from the device.
+
+    Args:
+        state: before.
+        hyps: [B, K'], for each source the hypotheses (0 to K-1) that go on.
+
+    Returns:
+        The state with K' hypotheses of each source.
+    """
+    count, before = state.num_sources, state.num_hypotheses
+    first = torch.arange(0, count * before, before, device=hyps.device)
+    state.cache.select((first.unsqueeze(1) + hyps).view(-1), before=count * before)
+    state.num_hypotheses = hyps.shape[1]
+    return state
+
+
 def _fits_lookup(decoder: StepStack, *, like: Tensor) -> bool:
-    """Whether all attentions of `decoder` are such as the extension computes."""
+    """Whether all attentions of `decoder` are such as may look their keys up in a table."""
     layers = _layers(decoder)
     blocks = [block for layer in layers for block in (layer.self_attention, layer.cross_attention) if block]
+    if wanted_for(like):
+        return not any(block.training for block in blocks) and max(block.head_dim for block in blocks) <= MAX_WIDTH
     plain = not any(block.training or block.params.soft_cap is not None for block in blocks)
     return plain and fits_lookup(like, head_dims=tuple(block.head_dim for block in blocks))
 
@@ -214,7 +243,7 @@ def _count_memory(state: NestedMap) -> None:
     if state.lookup and state.memory_segment_ids is not None:
         real = state.memory_segment_ids > 0
         counts = real.sum(dim=1)
-        if bool((real == (torch.arange(real.shape[1]) < counts.unsqueeze(1))).all()):
+        if bool((real == (torch.arange(real.shape[1], device=counts.device) < counts.unsqueeze(1))).all()):
             state.memory_counts = counts
 
 

@@ -246,3 +246,8 @@ class EncoderDecoder(Layer):
     def select(self, state: NestedMap, *, sources: Tensor, hyps: Tensor) -> NestedMap:
         """Keeps `sources` [B'] and, of each, the hypotheses `hyps` [B', K'] (0 to K-1); returns the new state."""
         return decoding.select(state, sources=sources, hyps=hyps)
+
+    @torch.no_grad()
+    def reorder(self, state: NestedMap, *, hyps: Tensor) -> NestedMap:
+        """`select` of all sources, `hyps` [B, K'], which reads nothing back from the device."""
+        return decoding.reorder(state, hyps=hyps)

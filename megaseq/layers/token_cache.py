@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from megaseq.kernels.attention.lookup import attend_places
+from megaseq.kernels.decode_attention import KeyValueCache, decode_attention, wanted_for
 from megaseq.layers.attention import SelfAttention
 
 INITIAL_CAPACITY = 32
@@ -110,14 +111,19 @@ class MovingCache:
 
 
 class LookupCache:
-    """A buffer [tokens, width], appended to and never moved, and a table [R, capacity] of each hypothesis' tokens."""
+    """A buffer [tokens, width], appended to and never moved, and a table [R, capacity] of each hypothesis' tokens.
+
+    Nothing is read back from a device.
+    """
 
     def __init__(self, *, width: int, like: Tensor) -> None:
         self.length = 0
+        self._by_op = wanted_for(like)
+        self._lengths = torch.empty(0, dtype=torch.long, device=like.device)
         self._buffer = like.new_empty(0, width)
         self._used = 0
         self._rows = 0
-        self._places = torch.empty(0, INITIAL_CAPACITY, dtype=torch.long)
+        self._places = torch.empty(0, INITIAL_CAPACITY, dtype=torch.long, device=like.device)
 
     def begin(self, rows: int) -> None:
         """See `TokenCache`."""
@@ -132,7 +138,9 @@ class LookupCache:
             larger = self._buffer.new_empty(max(INITIAL_CAPACITY * rows, 2 * self._used + rows), self._buffer.shape[1])
             larger[: self._used] = self._buffer[: self._used]
             self._buffer = larger
-        self._places[:, self.length] = torch.arange(self._used, self._used + rows)
+        self._places[:, self.length] = torch.arange(self._used, self._used + rows, device=self._places.device)
+        if self._by_op:
+            self._lengths = torch.full((rows,), self.length + 1, device=self._places.device)
 
     def attend(
         self, block: SelfAttention, *, start: int, heads: tuple[Tensor, Tensor, Tensor], bias: Tensor | None
@@ -143,6 +151,17 @@ class LookupCache:
         shape = (-1, 2, block.num_key_value_heads, block.head_dim)
         kept = self._buffer[: self._used + rows, start : start + 2 * block.key_dim].view(shape)
         torch.stack([key[:, 0], value[:, 0]], dim=1, out=kept[self._used :])
+        if self._by_op:
+            keys, values = kept.unsqueeze(1).unbind(2)
+            return decode_attention(
+                query,
+                cache=KeyValueCache(keys, values, self._places.unsqueeze(1)),
+                lengths=self._lengths,
+                bias=None if bias is None else bias[0, :, 0],
+                scale=block.scale,
+                soft_cap=block.params.soft_cap,
+                window=block.params.window,
+            ).view(rows, -1)
         first = 0 if block.params.window is None else max(0, length - block.params.window)
         if bias is not None:
             bias = bias[0, :, 0, bias.shape[-1] - (length - first) :]

@@ -29,6 +29,7 @@ from megaseq.decode import (
 from megaseq.decode.device_loop import DeviceLoop, LoopState
 from megaseq.decode.finished import Finished
 from megaseq.kernels import triton_runtime
+from tests.layers.test_packing import model_of
 
 from .table_decoder import EOS, SOS, TableDecoder, sources
 from .test_beam_search import Table, log, random_attention, random_table
@@ -270,6 +271,23 @@ def test_no_step_waits(implementation: str, options: dict[str, Any], monkeypatch
     loop = DeviceLoop(search._rules, constraints=search._constraints, steps_between_looks=p.device_loop_steps)
     with torch.no_grad(), no_waiting(monkeypatch):
         finished = loop.search(decoder, start=start, num_steps=int(p.target_seq_len), prefix=None)
+    check_equal(finished.hypotheses(num_best=3), wanted)
+
+
+@pytest.mark.parametrize("name", ["t5-shared", "sinusoidal"])
+def test_own_layers_do_not_wait(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A decoder of the library, its caches as on a GPU."""
+    model, source = model_of(name), sources(3)
+    source.ids.clamp_(min=4)
+    source.segment_ids[1, 3:] = 0
+    p = chain_params(coverage_penalty=0.0, beam_size=2.0)
+    wanted = beam_search(model, source=source, params=p.replace(device_loop=False))
+    monkeypatch.setenv("MEGASEQ_KERNELS", "beam_step=reference,decode_attention=reference")
+    search: BeamSearch = p.instantiate()
+    start = search.start(model, source=source)
+    loop = DeviceLoop(search._rules, constraints=search._constraints, steps_between_looks=2)
+    with torch.no_grad(), no_waiting(monkeypatch):
+        finished = loop.search(model, start=start, num_steps=p.target_seq_len, prefix=None)
     check_equal(finished.hypotheses(num_best=3), wanted)
 
 

@@ -27,11 +27,15 @@ def full(model: EncoderDecoder, *, source: NestedMap, row: int, tokens: list[int
     return model.logits(hidden)[0, -1]
 
 
-@pytest.mark.parametrize("native", ["1", "0"])
+@pytest.mark.parametrize(("native", "kernels"), [("1", "auto"), ("0", "auto"), ("0", "decode_attention=reference")])
 @pytest.mark.parametrize("name", sorted(CHANGES))
-def test_random_searches_are_the_full_forward(name: str, native: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Random choices of sources and hypotheses, with the number of hypotheses changing; with either cache."""
+def test_random_searches_are_the_full_forward(
+    name: str, native: str, kernels: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Random choices of sources and hypotheses, with the number of hypotheses changing; with either cache, and with
+    keys looked up as on a GPU."""
     monkeypatch.setenv("MEGASEQ_NATIVE", native)
+    monkeypatch.setenv("MEGASEQ_KERNELS", kernels)
     model = model_of(name)
     generator = torch.Generator().manual_seed(8)
     source = sources(4)
@@ -51,7 +55,10 @@ def test_random_searches_are_the_full_forward(name: str, native: str, monkeypatc
                 torch.testing.assert_close(logits[i * width + k], expected, rtol=1e-4, atol=1e-5)
         kept = [i for i in range(len(rows)) if turn not in (4, 7) or i != 1]
         hyps = torch.randint(0, width, (len(kept), 3 if turn < 8 else 2), generator=generator)
-        state = model.select(state, sources=torch.tensor(kept), hyps=hyps)
+        if len(kept) == len(rows) and turn % 2:
+            state = model.reorder(state, hyps=hyps)
+        else:
+            state = model.select(state, sources=torch.tensor(kept), hyps=hyps)
         rows = [rows[i] for i in kept]
         prefixes = [[prefixes[i][int(k)] for k in hyps[j]] for j, i in enumerate(kept)]
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from megaseq.kernels import triton_runtime
 from megaseq.kernels.checks import KernelError, check_device, check_floating, check_shape, fail
 from megaseq.kernels.decode_attention.cache import KeyValueCache, check_integers
 from megaseq.kernels.decode_attention.op import run, traced
+from megaseq.kernels.dispatch import requested
 
-__all__ = ["KeyValueCache", "decode_attention"]
+__all__ = ["KeyValueCache", "decode_attention", "wanted_for"]
 
 _OP = "decode_attention"
 
@@ -60,6 +62,17 @@ def decode_attention(
     # Where nothing is traced, the way through torch's dispatcher would only cost time.
     implementation = traced if torch.compiler.is_compiling() else run
     return implementation(query, cache=cache, lengths=lengths, bias=bias, scale=scale, soft_cap=soft_cap, window=window)
+
+
+def wanted_for(like: Tensor) -> bool:
+    """Whether a decoder whose states are like `like` should keep its caches for this op.
+
+    So it is where Triton runs it by itself, and where `MEGASEQ_KERNELS` names the implementation to run.
+    """
+    asked = requested(_OP)
+    if asked == "auto":
+        return like.is_cuda and triton_runtime.unable(like) is None and not torch.is_autocast_enabled("cuda")
+    return asked != "native"
 
 
 def _check_others(

@@ -120,8 +120,8 @@ def prepare(shape: Shape, device: torch.device) -> Timed:
 
 def _fused(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """The hypotheses as places of one query [B, K, N, H], keys [B, S, N, H]."""
-    heads = (tensor.transpose(1, 2) for tensor in (query, key, value))
-    return functional.scaled_dot_product_attention(*heads).transpose(1, 2)
+    query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))
+    return functional.scaled_dot_product_attention(query, key, value).transpose(1, 2)
 
 
 def _gathered(query: Tensor, cache: KeyValueCache, bias: Tensor | None) -> Tensor:

@@ -9,12 +9,15 @@ import numpy as np
 import pytest
 import torch
 
+from megaseq.base import NestedMap
 from megaseq.kernels import triton_runtime
 from megaseq.kernels.checks import KernelError
 from megaseq.kernels.decode_attention import KeyValueCache, decode_attention
 from megaseq.kernels.decode_attention.cases import CASES, TOLERANCE, DecodeCase
 from megaseq.kernels.decode_attention.reference import dequantise, reference_decode_attention
 from megaseq.kernels.triton_runtime import Config
+from tests.layers.test_decoding import sources
+from tests.layers.test_packing import model_of
 
 pytestmark = pytest.mark.skipif(not triton_runtime.installed(), reason="Triton is not installed")
 BY_NAME = {case.name: case for case in CASES}
@@ -140,3 +143,21 @@ def test_dispatch(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None
     wide = DecodeCase("wide", head_dim=264, num_heads=1, num_key_heads=1).call(dtype=torch.float32, device=device)
     with pytest.raises(KernelError, match="heads of a width up to 256"):
         decode_attention(**wide)
+
+
+def test_a_search_by_tritons_kernels(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Places, a shared memory with padding, T5's bias: as on a GPU, under the interpreter."""
+    model = model_of("t5-shared").to(device)
+    source = sources(2)
+    source = NestedMap(ids=source.ids.to(device), segment_ids=source.segment_ids.to(device))
+    found = []
+    for kernels in ("decode_attention=reference", "decode_attention=triton"):
+        monkeypatch.setenv("MEGASEQ_KERNELS", kernels)
+        state = model.prefill(source)
+        tokens = torch.tensor([4, 5], device=device)
+        for hyps in ([[0, 0], [0, 0]], [[1, 0], [1, 1]], [[0, 0], [1, 0]]):
+            logits, state = model.step(state, tokens=tokens)
+            state = model.reorder(state, hyps=torch.tensor(hyps, device=device))
+            tokens = torch.tensor([6, 7, 8, 9], device=device)
+        found.append(logits)
+    torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-5)
