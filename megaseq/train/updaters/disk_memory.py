@@ -12,8 +12,8 @@ from torch import Tensor
 
 from megaseq.base.errors import AsText, must
 
-_DONT_NEED = 4
-"""MADV_DONTNEED of Linux."""
+_WILL_NEED, _DONT_NEED, _POPULATE_WRITE = 3, 4, 23
+"""MADV_WILLNEED, MADV_DONTNEED and, from Linux 5.14 on, MADV_POPULATE_WRITE."""
 
 
 class DiskMemory:
@@ -71,15 +71,27 @@ class DiskMemory:
         tensor.data = kept
         self.release([tensor])
 
+    def expect(self, tensors: Iterable[Tensor]) -> None:
+        """Begins to read `tensors`, which are going to be used, from the disk."""
+        self._tell(tensors, advice=_WILL_NEED)
+
+    def occupy(self, tensors: Iterable[Tensor]) -> None:
+        """Takes all memory that writing to `tensors` is going to need, which costs less than page by page."""
+        self._tell(tensors, advice=_POPULATE_WRITE)
+
     def release(self, tensors: Iterable[Tensor]) -> None:
         """Gives back the memory that `tensors` take up; their contents are on the disk, or on their way to it.
 
         Those that are not on the disk are left alone.
         """
+        self._tell(tensors, advice=_DONT_NEED)
+
+    def _tell(self, tensors: Iterable[Tensor], *, advice: int) -> None:
+        """Tells the system what comes; none of it changes contents, so that a system that does not know it may err."""
         page = os.sysconf("SC_PAGE_SIZE")
         for start, stop in self._mapped(tensors):
             first = start // page * page
-            self._advise(first, stop - first, _DONT_NEED)
+            self._advise(first, stop - first, advice)
 
     def _mapped(self, tensors: Iterable[Tensor]) -> Sequence[tuple[int, int]]:
         """Returns (start, stop) of the memory of those tensors that are on the disk: elsewhere it would be lost."""

@@ -319,6 +319,9 @@ class Zero:
             if run.share != self._index[id(share)]:
                 continue
             gradient = run.of(share.grad)
+            if self.disk is not None:
+                self.disk.occupy(self._of_run[index])
+                self.disk.expect(self._of_run[(index + 1) % len(self._runs)])
             self.learner.apply(stats, group=index, gradients=(gradient,), gradient_scale=float(self._data_ranks))
             if self.disk is not None:
                 self.learner.average(group=index)

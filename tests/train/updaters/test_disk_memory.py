@@ -34,6 +34,19 @@ def test_contents_stay_when_memory_is_given_back(tmp_path: Path) -> None:
     assert torch.equal(tensor, values)
 
 
+def test_what_is_expected_or_occupied_is_unchanged(tmp_path: Path) -> None:
+    disk = DiskMemory(str(tmp_path))
+    tensor, other = disk.zeros(torch.empty(1 << 22)), torch.ones(10)
+    tensor.fill_(2.0)
+    disk.release([tensor])
+    used = resident()
+    disk.expect([tensor, other])
+    disk.occupy([tensor, other])
+    # Systems that do not know the second take the memory when it is written to.
+    assert (tensor == 2.0).all() and other.all()
+    assert resident() - used > 0.9 * tensor.nbytes
+
+
 def test_files_have_no_names(tmp_path: Path) -> None:
     disk = DiskMemory(str(tmp_path))
     tensor = disk.zeros(torch.empty(3, 4))
