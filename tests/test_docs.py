@@ -33,6 +33,7 @@ SHRUNK_BENCHMARKS = {
     "local_sgd.py": ["--steps", "4", "--common-steps", "2", "--inner-steps", "1", "--workers", "2"],
     "scaling.py": ["--steps", "1", "--rounds", "1", "--model-dim", "32", "--num-layers", "1", "--layouts", "data=2"],
     "packing.py": ["--pairs", "20000", "--vocab-size", "300"],
+    "offload.py": ["--steps", "1", "--vocab-size", "300", "--model-dim", "32"],
 }
 NOT_RUN = {
     "bash launch/test.sh": "it is what runs this test",
