@@ -55,7 +55,7 @@ def test_files_have_no_names(tmp_path: Path) -> None:
 
 def test_what_is_in_memory_is_left_alone(tmp_path: Path) -> None:
     disk = DiskMemory(str(tmp_path))
-    for _ in range(20):
+    for _ in range(5):
         # Its address may be one that a tensor on the disk had.
         disk.zeros(torch.empty(1 << 16))
         gc.collect()
