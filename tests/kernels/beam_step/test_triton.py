@@ -77,6 +77,18 @@ def test_what_rounding_makes_equal(device: torch.device) -> None:
         check_same(run(call, num_chunks=num_chunks, block=64), wanted)
 
 
+def test_zeros_of_both_signs_are_equal(device: torch.device) -> None:
+    """The lower id is the better one, whatever its sign."""
+    scores = torch.full((1, 70), -5.0, device=device)
+    scores[0, 3], scores[0, 5] = -0.0, 0.0
+    call = {
+        "logits": scores, "total": torch.zeros(1, 1, device=device), "forbid_eos": None, "normalised": True,
+        "rule": StepRule(1, 2, 2, 5.0, -100.0),
+    }  # fmt: skip
+    step = run(call, num_chunks=2, block=64)
+    assert step.ids[0].tolist() == [[3, 5]] and step.next_ids.tolist() == [[3, 5]]
+
+
 def test_nan_shows(device: torch.device) -> None:
     """NaN of both signs or infinity anywhere in a row makes its scores NaN, and its ids stay tokens."""
     call = BY_NAME["plain"].call(dtype=torch.float32, device=device)

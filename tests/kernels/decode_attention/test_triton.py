@@ -74,6 +74,17 @@ def test_one_row_by_matrix_products(device: torch.device) -> None:
         torch.testing.assert_close(run(call).double(), exact(call), rtol=1e-5, atol=1e-5)
 
 
+def test_more_shares_than_are_added_at_once(device: torch.device) -> None:
+    """The sum over shares goes on where a first run of them ends."""
+    case = DecodeCase("long", batch=1, num_hyps=2, num_heads=2, num_key_heads=2, length=330, lengths="hypotheses")
+    call = case.call(dtype=torch.float32, device=device)
+    # The largest scores come late, so that the first sums must shrink.
+    call["cache"].key[:, 300:] *= 4
+    with triton_runtime.override(decode_attention=_small(case)):
+        got = run(call, shares=21)
+    torch.testing.assert_close(got.double(), exact(call), rtol=1e-5, atol=1e-5)
+
+
 def test_strides_are_followed_and_nothing_else_is_read(device: torch.device) -> None:
     """Heads before places, columns of a wider buffer, a table of which a row's tail holds nonsense."""
     call = BY_NAME["places_grouped"].call(dtype=torch.float32, device=device)
@@ -107,7 +118,8 @@ def test_offsets_beyond_int32(device: torch.device) -> None:
         view = apart.as_strided(entries.shape, (step, 64, 16, 1), shift)
         view.copy_(entries)
         pair.append(view)
-    far = call | {"cache": KeyValueCache(pair[0], pair[1], cache.table)}
+    assert cache.table is not None
+    far = call | {"cache": KeyValueCache(pair[0], pair[1], cache.table.int())}
     assert cache.key.shape[0] * step > 2**31
     torch.testing.assert_close(run(far).double(), wanted, rtol=4e-3, atol=4e-3)
 
