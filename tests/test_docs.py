@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from megaseq.kernels.bench.ledger import ledger, replaced
 from megaseq.kernels.dispatch import IMPLEMENTATIONS
 from tests.distributed.launching import FAKE_PDSH, FAKE_SBATCH, FAKE_SRUN, FAKE_SSH, write_program
 
@@ -169,6 +170,12 @@ def test_files_that_the_page_names_exist(page: Path) -> None:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_no_figure_is_left_open(page: Path) -> None:
     assert "@@" not in page.read_text()
+
+
+def test_the_ledger_of_kernels_is_that_of_this_source() -> None:
+    page = ROOT / "docs/kernels.md"
+    now = replaced(page.read_text(), content=ledger(page.parent / "kernel_results"))
+    assert page.read_text() == now, "kernels have changed; run: python -m megaseq bench ledger docs/kernels.md"
 
 
 def test_every_op_is_on_the_page_of_kernels() -> None:

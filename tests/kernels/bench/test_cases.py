@@ -9,7 +9,7 @@ from torch import Tensor
 from megaseq.kernels import triton_runtime
 from megaseq.kernels.bench.proof import forced, prove
 from megaseq.kernels.bench_case import BenchCase
-from megaseq.kernels.catalogue import bench_cases
+from megaseq.kernels.catalogue import bench_cases, ops_with_kernels
 
 pytest.importorskip("triton")
 
@@ -30,6 +30,10 @@ def first_cases() -> list[BenchCase]:
 
 def tensors(results: object) -> list[Tensor]:
     return [results] if isinstance(results, Tensor) else [r for r in results if isinstance(r, Tensor)]  # type: ignore
+
+
+def test_every_op_with_kernels_has_cases() -> None:
+    assert {case.op for case in CASES} == set(ops_with_kernels())
 
 
 def test_names_are_unique() -> None:
