@@ -90,3 +90,10 @@ def test_rows_beyond_two_to_the_31(device: torch.device) -> None:
         triton_activation_backward(dy, x, "silu", True),
         triton_activation_backward(values[:, :20], values, "silu", True),
     )
+
+
+def test_the_hyperbolic_tangent_is_right_near_zero(device: torch.device) -> None:
+    """To its last bits, where a quotient of exponentials has lost them."""
+    x = torch.logspace(-6, 0, 100, device=device)
+    y = gated_activation(x, name="tanh", gated=False)
+    torch.testing.assert_close(y.double(), torch.tanh(x.double()), rtol=1e-6, atol=0)

@@ -10,6 +10,7 @@ from megaseq.kernels import dropout, dropout_add
 from megaseq.kernels.checks import KernelError
 from megaseq.kernels.dropout.cases import CASES, DropoutCase
 from megaseq.kernels.dropout.configs import configs
+from megaseq.kernels.dropout.reference import hashes, kept_elements
 from megaseq.kernels.dropout.triton_op import dropout_op
 from megaseq.kernels.triton_runtime import override
 from tests.kernels.graphs import check_graphs, check_op
@@ -110,3 +111,11 @@ def test_float64_has_no_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MEGASEQ_KERNELS", "dropout=triton")
     with pytest.raises(KernelError, match=r"triton, and .*(float16, not torch\.float64|its kernels run on a GPU)"):
         dropout(torch.zeros(2, dtype=torch.float64), rate=0.5, key=KEY)
+
+
+def test_a_hash_at_the_threshold_is_kept(device: torch.device) -> None:
+    ones = torch.ones(9, device=device)
+    threshold = int(hashes(torch.arange(9), key=5)[4])
+    kept = dropout_op(ones, None, None, 0, 5, threshold, 1.0).cpu()
+    assert kept[4] == 1.0
+    assert torch.equal(kept.bool(), kept_elements(torch.arange(9), key=5, threshold=threshold))
