@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from megaseq.kernels.attention.configs import FORWARD, OF_KEY, OF_QUERY
+from megaseq.kernels.attention.configs import FORWARD, OF_KEY, OF_QUERY, candidates, padded
 from megaseq.kernels.attention.mask import AttentionMask
 from megaseq.kernels.attention.relative_bias import RelativeBias
+from megaseq.kernels.compile_case import CompileCase
 from megaseq.kernels.dropout import DropoutMask
-from megaseq.kernels.triton_runtime import Config
+from megaseq.kernels.triton_runtime import Config, architecture, override
 
 
 @dataclass(frozen=True)
@@ -266,3 +269,82 @@ FUSED_CASES = (
 """What only the fused kernels and the reference compute, or compute in many tiles."""
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 3e-2}
 """Largest difference from the reference that a correct implementation shows at unit scale."""
+NUM_TILES = {64: 3, 128: 2, 256: 1}
+"""By width of the head, the most tiles that a kernel has candidates."""
+SPILL_BYTES = {64: 384, 128: 512, 256: 1024, 0: 2048}
+"""By width of the head, what a thread may spill with table, segments and dropout at once; 0 is float32."""
+
+
+def compile_cases() -> list[CompileCase]:
+    """All tiles with everything that takes registers; what else kernels can do with the tiles that they take first."""
+    kernels = (FORWARD, OF_QUERY, OF_KEY)
+    full: dict[str, Any] = {"table": True, "segments": True, "dropout": True}
+    kinds: dict[str, dict[str, Any]] = {
+        "grouped_causal": {"causal": True, "grouped": True},
+        "slopes_window_cap_runs": {"slopes": True, "causal": True, "window": True, "cap": True, "runs": True},
+        "fp16_table": {"table": True, "dtype": torch.float16, "log_sum": True},
+        "fp32_64": {**full, "dtype": torch.float32},
+    }
+    found = [
+        CompileCase(
+            f"bf16_{head}_full_{number}",
+            run=functools.partial(compile_one, number=number, head=head, **full),
+            # On sm_100 the sums of the widest heads are too large for the memory of the tensor cores.
+            tensor_cores=kernels if head < 256 else (FORWARD, OF_QUERY),
+            spill_bytes=SPILL_BYTES[head],
+        )
+        for head, count in NUM_TILES.items()
+        for number in range(count)
+    ]
+    for name, kind in kinds.items():
+        half = kind.get("dtype") is not torch.float32
+        budget = SPILL_BYTES[64 if half else 0]
+        run = functools.partial(compile_one, **kind)
+        found.append(CompileCase(name, run=run, tensor_cores=kernels if half else (), spill_bytes=budget))
+    return found
+
+
+def compile_one(*, number: int = 0, head: int = 64, dtype: torch.dtype = torch.bfloat16, **parts: bool) -> None:
+    """Launches the three kernels once, with their `number`-th tiles, or the last ones that they have."""
+    from megaseq.kernels.attention.triton_launch import UNBOUNDED, Call, launch_backward, launch_forward
+
+    query = torch.empty(2, 256, 4, head, dtype=dtype)
+    key = query[:, :, :2] if parts.get("grouped") else query
+    mask = AttentionMask(query_segment_ids=torch.ones(2, 256, dtype=torch.int32)) if parts.get("segments") else None
+    ranges = None if mask is None else mask.ranges(query_length=256, key_length=256)
+    call = Call(
+        query=query,
+        key=key,
+        value=key,
+        query_ids=None if ranges is None else ranges.query_ids,
+        key_ids=None if ranges is None else ranges.key_ids,
+        key_ranges=None if ranges is None else ranges.key_ranges,
+        query_ranges=None if ranges is None else ranges.query_ranges,
+        table=torch.empty(4, 181) if parts.get("table") else None,
+        slopes=torch.empty(4) if parts.get("slopes") else None,
+        runs=torch.zeros(2, dtype=torch.int64) if parts.get("runs") else None,
+        scale=0.125,
+        soft_cap=30.0 if parts.get("cap") else 0.0,
+        shift=0,
+        low=-9 if parts.get("window") else -UNBOUNDED,
+        high=0 if parts.get("causal") else UNBOUNDED,
+        first=-90,
+        rate=0.1 if parts.get("dropout") or parts.get("runs") else 0.0,
+        dropout_key=1 << 40,
+        dropout_offset=0,
+    )
+    log_sum = torch.empty(2, 4, 256)
+    tiles: dict[str, Config] = {}
+    for kernel in (FORWARD, OF_QUERY, OF_KEY):
+        found = candidates(kernel, dtype=dtype, head=padded(head), bias=call.table is not None, arch=architecture())
+        tiles[kernel] = found[min(number, len(found) - 1)]
+    with override(**tiles):
+        launch_forward(call)
+        launch_backward(
+            call,
+            output=query,
+            log_sum=log_sum,
+            of_output=query,
+            of_log_sum=log_sum if parts.get("log_sum") else None,
+            trained=call.table is not None,
+        )
