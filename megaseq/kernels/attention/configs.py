@@ -71,6 +71,11 @@ def candidates(kernel: str, *, dtype: torch.dtype, head: int, bias: bool, arch: 
     if arch >= 100 and kernel == OF_KEY and head > 128:
         # Two sums of 256 columns leave nothing of the tensor memory for a product: in registers they are kept.
         return (Config({"BLOCK_M": 64, "BLOCK_N": 32}, num_warps=8, num_stages=1),)
+    if arch < 90 and kernel == OF_KEY and head <= 64 and dtype is not torch.float32:
+        # 64 queries and a soft cap would spill thousands of bytes where products take their operands from registers.
+        return tuple(Config({"BLOCK_M": 32, "BLOCK_N": block}, num_warps=8, num_stages=2) for block in (128, 64))
+    if arch >= 100 and kernel == OF_QUERY and dtype is torch.float32:
+        return (Config({"BLOCK_M": 32, "BLOCK_N": 32}, num_warps=8, num_stages=1),)
     of_dtype = _SINGLE if dtype is torch.float32 else _HALF
     widest = next(width for width in (64, 128, 256) if head <= width)
     return tuple(
