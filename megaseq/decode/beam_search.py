@@ -13,12 +13,15 @@ from typing import Literal
 import torch
 
 from megaseq.base import NestedMap
+from megaseq.base.errors import must
 from megaseq.decode import candidates
 from megaseq.decode.constraints import View, forbid_early_end, force_prefix
 from megaseq.decode.device_loop import DeviceLoop
+from megaseq.decode.errors import DecodeError
 from megaseq.decode.finished import Finished
 from megaseq.decode.hypothesis import Hypothesis
 from megaseq.decode.protocol import StepBest, StepDecoder, step_with_attention
+from megaseq.decode.recorded_steps import Capture, capture_cuda_graph
 from megaseq.decode.rules import BeamRules
 from megaseq.decode.search import Limits, Search, check_eos, raise_nan
 from megaseq.kernels.beam_step.log_softmax import log_probabilities, log_softmax_topk
@@ -77,6 +80,10 @@ class BeamSearch(Search):
         logits lie on another one."""
         device_loop_steps: int = 16
         """With `device_loop`: steps after which the host looks which sources are done, and drops those."""
+        device_loop_graph: bool = False
+        """With `device_loop`: whether a step is recorded in a CUDA graph and done again from it, which saves Python's
+        time for each op; sources that are done are dropped when they are half of the batch. Needs a GPU and a model
+        whose steps wait for nothing; not with processors, and steps of a forced prefix are not recorded."""
 
         def validate(self) -> Iterator[str]:
             """Yields options that contradict each other."""
@@ -90,6 +97,9 @@ class BeamSearch(Search):
                 yield f"target_seq_length_ratio: must be above 0, but is {self.target_seq_length_ratio}. Use 1.0."
             if self.length_penalty is not None and self.length_normalization:
                 yield "length_penalty: must be None with length_normalization, but both are set. Keep one of the two."
+            if self.device_loop_graph and (self.processors or self.device_loop is False):
+                other = "processors, which change from step to step" if self.processors else "device_loop=False"
+                yield f"device_loop_graph: must be False with {other}, but is True. Leave it out."
             if self.keep_unfinished and self.force_eos_in_last_step:
                 yield "keep_unfinished: must be False with force_eos_in_last_step, but both are set. Keep one."
 
@@ -128,9 +138,19 @@ class BeamSearch(Search):
         num_steps = int(start.limits.most.max())
         step_best = self._step_best(decoder, prefix=prefix)
         if (start.tokens.is_cuda and step_best is None) if p.device_loop is None else p.device_loop:
-            loop = DeviceLoop(self._rules, constraints=self._constraints, steps_between_looks=p.device_loop_steps)
+            loop = DeviceLoop(
+                self._rules,
+                constraints=self._constraints,
+                steps_between_looks=p.device_loop_steps,
+                capture=self._capture(device),
+            )
             found = loop.search(decoder, start=start, num_steps=num_steps, prefix=prefix)
             return found.hypotheses(num_best=p.num_best)
+        if p.device_loop_graph:
+            raise must(
+                "device_loop_graph", "be False where the loop does not stay on the device", True,
+                f"Leave it out: the model is on {device}", kind=DecodeError,
+            )  # fmt: skip
         size = max(p.num_hyps_per_beam, p.num_best)
         finished = Finished(num_sources, size=size, steps=num_steps, device=device)
         beam = _Beam(
@@ -160,6 +180,18 @@ class BeamSearch(Search):
             tokens = beam.ids[..., -1].reshape(-1)
             step += 1
         return finished.hypotheses(num_best=p.num_best)
+
+    def _capture(self, device: torch.device) -> Capture | None:
+        """Returns what records steps, None where none are to be.
+
+        Raises:
+            DecodeError: They are to be, and `device` is no GPU.
+        """
+        if not self.params.device_loop_graph:
+            return None
+        if device.type != "cuda":
+            raise must("device_loop_graph", "be False where there is no GPU", True, "Leave it out", kind=DecodeError)
+        return capture_cuda_graph
 
     def _best(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         return log_softmax_topk(logits, k=self._rules.count, column=self.eos_id)

@@ -8,86 +8,22 @@ step to step).
 
 from __future__ import annotations
 
-import copy
-from dataclasses import dataclass
+import functools
+from collections.abc import Callable
 
 import torch
 
 from megaseq.decode import candidates
 from megaseq.decode.constraints import Constraints, View, force_prefix
 from megaseq.decode.finished import Finished
-from megaseq.decode.protocol import State, StepDecoder, reorder, step_with_attention
+from megaseq.decode.loop_state import LoopState, Running
+from megaseq.decode.protocol import StepDecoder, reorder, step_with_attention
+from megaseq.decode.recorded_steps import Capture, RecordedSteps
 from megaseq.decode.rules import BeamRules
 from megaseq.decode.search import Start, check_eos, raise_nan
 from megaseq.kernels.beam_step import StepRule, beam_step
 from megaseq.kernels.beam_step.log_softmax import log_probabilities
 from megaseq.kernels.beam_step.topk import NEG_INF
-
-
-@dataclass
-class LoopState:
-    """The hypotheses of B sources, K each, or 1 before the first step.
-
-    Attributes:
-        rows: [B] index of each source in the batch that the search began with.
-        places: [B], 0 to B - 1: the sources' rows in `finished`.
-        active: bool [B], sources that are not done.
-        total: [B, K] log-probability so far; -inf where there is no hypothesis.
-        ids: [B, K, T] tokens so far, with room for all.
-        most: [B] steps that a source may take.
-        least: [B] tokens before the end token.
-        step: [1], how many steps there have been.
-        nan_step: [1], the first in which an active source's logits were NaN, or -1.
-        finished: What has ended, of these sources.
-        lengths: [B] source lengths, with a coverage penalty only.
-        attention: [B, K, S] attention summed over the steps, with a coverage penalty only.
-    """
-
-    rows: torch.Tensor
-    places: torch.Tensor
-    active: torch.Tensor
-    total: torch.Tensor
-    ids: torch.Tensor
-    most: torch.Tensor
-    least: torch.Tensor
-    step: torch.Tensor
-    nan_step: torch.Tensor
-    finished: Finished
-    lengths: torch.Tensor | None = None
-    attention: torch.Tensor | None = None
-
-    @classmethod
-    def begin(cls, start: Start, *, size: int, num_steps: int, covered: bool) -> LoopState:
-        """One empty hypothesis for each source, with room for `size` finished ones of `num_steps` tokens."""
-        count, device = start.tokens.shape[0], start.tokens.device
-        rows = torch.arange(count, device=device)
-        return cls(
-            rows=rows,
-            places=rows,
-            active=torch.ones(count, dtype=torch.bool, device=device),
-            total=torch.zeros(count, 1, device=device),
-            ids=torch.zeros(count, 1, num_steps, dtype=torch.long, device=device),
-            most=start.limits.most,
-            least=start.limits.least,
-            step=torch.zeros(1, dtype=torch.long, device=device),
-            nan_step=torch.full((1,), -1, device=device),
-            finished=Finished(count, size=size, steps=num_steps, device=device),
-            lengths=start.lengths if covered else None,
-        )
-
-    def add_attention(self, attention: torch.Tensor) -> None:
-        """Adds one step's attention, [B * K, S]."""
-        new = attention.float().view(*self.total.shape, -1)
-        self.attention = new if self.attention is None else self.attention + new
-
-    def take(self, kept: torch.Tensor) -> LoopState:
-        """The state of some sources, `kept` [B']."""
-        new = copy.copy(self)
-        for name, value in vars(self).items():
-            if isinstance(value, torch.Tensor) and name not in ("step", "nan_step", "places"):
-                setattr(new, name, value[kept])
-        new.places, new.finished = self.places[: kept.shape[0]], self.finished.take(kept)
-        return new
 
 
 class DeviceLoop:
@@ -96,10 +32,19 @@ class DeviceLoop:
     The hypotheses, their scores and their order are those of the other loop.
     """
 
-    def __init__(self, rules: BeamRules, *, constraints: Constraints, steps_between_looks: int) -> None:
+    def __init__(
+        self,
+        rules: BeamRules,
+        *,
+        constraints: Constraints,
+        steps_between_looks: int,
+        capture: Capture | None = None,
+    ) -> None:
+        """Makes a loop whose steps, with `capture`, are recorded by it and done again without Python."""
         self._rules = rules
         self._constraints = constraints
         self._steps_between_looks = steps_between_looks
+        self._capture = capture
         p, eos = rules.params, rules.eos
         self._step_rule = StepRule(
             eos.eos_id, rules.count, p.num_hyps_per_beam, eos.max_logit_delta, eos.local_threshold
@@ -121,31 +66,45 @@ class DeviceLoop:
         covered = p.coverage_penalty != 0.0
         loop = LoopState.begin(start, size=max(p.num_hyps_per_beam, p.num_best), num_steps=num_steps, covered=covered)
         everything = loop.finished
-        decoder_state, tokens = start.state, start.tokens
+        run = Running(loop, start.state, start.tokens)
+        do: Callable[[int], None] = functools.partial(self.step, run, decoder=decoder, prefix=prefix)
+        recorded: RecordedSteps | None = None
+        if self._capture is not None:
+            do = recorded = RecordedSteps(
+                do, run=run, decoder=decoder, capture=self._capture, num_hyps=p.num_hyps_per_beam, num_steps=num_steps,
+                first=1 if prefix is None else max(1, prefix.shape[1]),
+            )  # fmt: skip
         for step in range(num_steps):
-            if covered:
-                logits, attention, decoder_state = step_with_attention(decoder, state=decoder_state, tokens=tokens)
-                loop.add_attention(attention)
-            else:
-                logits, decoder_state = decoder.step(decoder_state, tokens=tokens)
-            check_eos(logits, eos_id=self._step_rule.eos_id)
-            scores, normalised = self._constrained(logits, loop=loop, step=step, prefix=prefix)
-            hyps = self.advance(loop, logits=scores, normalised=normalised, first=step == 0)
-            if step + 1 == num_steps or (step + 1) % self._steps_between_looks == 0:
-                kept = _look(loop)
-                if len(kept) < loop.rows.shape[0]:
-                    if loop.finished is not everything:
-                        everything.put(loop.rows, loop.finished)
-                    if not kept:
-                        break
-                    loop, hyps, decoder_state = _drop(loop, hyps, decoder_state, kept=kept, decoder=decoder)
-                    tokens = loop.ids[..., step].reshape(-1)
-                    continue
-            decoder_state = reorder(decoder, state=decoder_state, sources=loop.places, hyps=hyps)
-            tokens = loop.ids[..., step].reshape(-1)
+            do(step)
+            if step + 1 < num_steps and (step + 1) % self._steps_between_looks:
+                continue
+            kept, count = _look(run.loop), run.loop.rows.shape[0]
+            # A recording is of one number of sources: a new one pays when it saves half.
+            if len(kept) < count and (recorded is None or 2 * len(kept) <= count):
+                if run.loop.finished is not everything:
+                    everything.put(run.loop.rows, run.loop.finished)
+                if not kept:
+                    break
+                _drop(run, kept=kept, decoder=decoder)
+                if recorded is not None:
+                    recorded.forget()
         return everything
 
-    def advance(self, loop: LoopState, *, logits: torch.Tensor, normalised: bool, first: bool) -> torch.Tensor:
+    def step(self, run: Running, step: int, *, decoder: StepDecoder, prefix: torch.Tensor | None) -> None:
+        """One step of the model and of the search. The number of the step is for `prefix` and processors alone."""
+        loop = run.loop
+        if self._rules.params.coverage_penalty:
+            logits, attention, run.state = step_with_attention(decoder, state=run.state, tokens=run.tokens)
+            loop.add_attention(attention)
+        else:
+            logits, run.state = decoder.step(run.state, tokens=run.tokens)
+        check_eos(logits, eos_id=self._step_rule.eos_id)
+        scores, normalised = self._constrained(logits, loop=loop, step=step, prefix=prefix)
+        going = self.advance(loop, logits=scores, normalised=normalised, first=step == 0)
+        run.state = reorder(decoder, state=run.state, sources=loop.places, hyps=going.parents)
+        run.tokens = going.ids.reshape(-1)
+
+    def advance(self, loop: LoopState, *, logits: torch.Tensor, normalised: bool, first: bool) -> candidates.Extensions:
         """One step after the model, in place: always the same operations on the same shapes, but for the `first`.
 
         Args:
@@ -155,7 +114,7 @@ class DeviceLoop:
             first: Whether there is one hypothesis a source.
 
         Returns:
-            [B, K'], the hypothesis that each of the next beam goes on.
+            The next beam, [B, K'].
         """
         p, eos_id = self._rules.params, self._rules.eos.eos_id
         last = loop.most <= loop.step + 1
@@ -185,7 +144,7 @@ class DeviceLoop:
         # Those of sources that are done are worth nothing, so that nothing of them is NaN or ends.
         loop.total = going.score.masked_fill(~loop.active.unsqueeze(1), NEG_INF)
         loop.step = loop.step + 1
-        return going.parents
+        return going
 
     def _finish(self, loop: LoopState, *, ended: candidates.Extensions) -> None:
         """Puts what ended in this step on the n-best lists."""
@@ -229,13 +188,14 @@ def _look(loop: LoopState) -> list[int]:
     return [place for place, flag in enumerate(active) if flag]
 
 
-def _drop(
-    loop: LoopState, hyps: torch.Tensor, state: State, *, kept: list[int], decoder: StepDecoder
-) -> tuple[LoopState, torch.Tensor, State]:
+def _drop(run: Running, *, kept: list[int], decoder: StepDecoder) -> None:
     """Goes on with the sources `kept` alone."""
-    sources = torch.tensor(kept, device=hyps.device)
-    hyps = hyps[sources]
-    return loop.take(sources), hyps, decoder.select(state, sources=sources, hyps=hyps)
+    num_hyps, device = run.loop.total.shape[1], run.tokens.device
+    sources = torch.tensor(kept, device=device)
+    same = torch.arange(num_hyps, device=device).expand(len(kept), num_hyps)
+    run.state = decoder.select(run.state, sources=sources, hyps=same)
+    run.tokens = run.tokens.view(-1, num_hyps)[sources].reshape(-1)
+    run.loop = run.loop.take(sources)
 
 
 def _of_parents(values: torch.Tensor, parents: torch.Tensor) -> torch.Tensor:

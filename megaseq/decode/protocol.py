@@ -6,7 +6,7 @@ Shapes: B sources still in the batch, K hypotheses of each, S source positions, 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Protocol, cast
+from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
 
@@ -55,6 +55,28 @@ class Reordering(Protocol):
 
     def reorder(self, state: State, *, hyps: torch.Tensor) -> State:
         """As `StepDecoder.select` with all B sources, reading nothing back from the device; `hyps` [B, K']."""
+        ...
+
+
+@runtime_checkable
+class Fixing(Protocol):
+    """What a `StepDecoder` may have beside, so that a CUDA graph can hold its steps."""
+
+    def fix(self, state: State, *, num_hyps: int, num_tokens: int) -> tuple[State, int]:
+        """Keeps the memory of steps in place: all of them, and all calls of `reorder`, are then the same ops on it.
+
+        The first step, with one hypothesis of each source, need not be like the others; nor those before and after
+        `select`. `step` and `reorder` return the state that they were given.
+
+        Args:
+            state: After `prefill`; or later, to make more room.
+            num_hyps: Hypotheses of each source after the first step.
+            num_tokens: How many steps in all are wanted.
+
+        Returns:
+            The state, and how many steps in all there is room for: more than there have been, but fewer than
+            `num_tokens` if the model can do no more.
+        """
         ...
 
 

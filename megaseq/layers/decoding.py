@@ -2,13 +2,13 @@
 
 The state is a NestedMap:
 
-- `length`: tokens fed so far; `num_sources` B and `num_hypotheses` K.
+- `num_sources` B and `num_hypotheses` K.
 - `memory`: for each layer the keys and values [B, S, M, H] of its cross-attention, once for each source and never
   copied for its hypotheses, which attend to it as if they were places of one query.
 - `memory_segment_ids`: [B, S] or None; `memory_mask`: the AttentionMask made of it.
 - `memory_counts`: [B], how many of its S places each source has, where keys are looked up; else None.
 - `lookup`: whether keys are looked up in tables, `by_op`: by `decode_attention` and not by the compiled extension.
-- `cache`: the `TokenCache` of the self-attentions' keys and values.
+- `cache`: the `TokenCache` of the self-attentions' keys and values, which counts the tokens fed so far.
 - `history`: for each layer its position bias [1, N, 1, capacity], longest distance first, or None.
 - `attention_probs`: [B*K, S], after a step with `need_attention`: the last cross-attention's weights, mean over heads.
 
@@ -24,12 +24,13 @@ import torch
 from torch import Tensor, nn
 
 from megaseq.base import NestedMap
-from megaseq.base.errors import must
+from megaseq.base.errors import AsText, must
 from megaseq.kernels.attention import AttentionMask
 from megaseq.kernels.attention.lookup import attend_shared, fits_lookup
 from megaseq.kernels.decode_attention import KeyValueCache, decode_attention, wanted_for
 from megaseq.kernels.decode_attention.configs import MAX_WIDTH
 from megaseq.layers.attention import CrossAttention, SelfAttention
+from megaseq.layers.fixed_cache import FixedCache
 from megaseq.layers.norm import Norm
 from megaseq.layers.positions import Positions
 from megaseq.layers.relative import PositionBias
@@ -79,7 +80,6 @@ def prefill(decoder: StepStack, *, memory: NestedMap) -> NestedMap:
     lookup = _fits_lookup(decoder, like=memory.states)
     cache: TokenCache = (LookupCache if lookup else MovingCache)(width=width, like=memory.states)
     state = NestedMap(
-        length=0,
         num_sources=memory.states.shape[0],
         num_hypotheses=1,
         memory=tuple(pairs),
@@ -112,14 +112,14 @@ def step(decoder: StepStack, *, state: NestedMap, x: Tensor, need_attention: boo
     Raises:
         ParamsError: a number of tokens that is not that of the hypotheses.
     """
-    rows, length = state.num_sources * state.num_hypotheses, state.length
+    rows = state.num_sources * state.num_hypotheses
     if x.shape[0] != rows:
         raise must("step", f"get one token for each of {rows} hypotheses", x.shape[0], "Call select when they change")
     cache: TokenCache = state.cache
     cache.begin(rows)
     _extend_biases(decoder, state=state)
     if decoder.positions is not None:
-        x = x + decoder.positions.at(length, like=x)
+        x = x + _position(decoder.positions, cache=cache, like=x)
     if decoder.input_norm is not None:
         x = decoder.input_norm(x)
     x = x.view(state.num_sources, state.num_hypotheses, -1)
@@ -139,7 +139,6 @@ def step(decoder: StepStack, *, state: NestedMap, x: Tensor, need_attention: boo
             x = _cross_attention_step(layer.cross_attention, x=x, key=key, value=value, state=state)
         x = layer.ffn(x)
     cache.end()
-    state.length = length + 1
     return decoder.finish(x).view(rows, -1), state
 
 
@@ -157,7 +156,8 @@ def _self_attention_step(
     rotation: Rotation | None = None
     if block.rotary is not None:
         if block.rotary.key not in rotations:
-            places = torch.full((1, 1), cache.length, device=x.device)
+            place = cache.place
+            places = torch.full((1, 1), place, device=x.device) if isinstance(place, int) else place.view(1, 1)
             rotations[block.rotary.key] = block.rotary.rotation(places)
         rotation = rotations[block.rotary.key]
     heads = cache.attend(block, start=start, heads=block.split(fused, rotation=rotation), bias=bias)
@@ -227,6 +227,51 @@ def reorder(state: NestedMap, *, hyps: Tensor) -> NestedMap:
     return state
 
 
+def fix(decoder: StepStack, *, state: NestedMap, num_hypotheses: int, num_tokens: int) -> tuple[NestedMap, int]:
+    """Makes room for tokens ahead, so that up to that room all steps are the same ops on the same memory.
+
+    Args:
+        decoder: the stack.
+        state: before the first step; or later, to make more room.
+        num_hypotheses: K, of each source, after the first step.
+        num_tokens: T, tokens in all that are wanted.
+
+    Returns:
+        The state, and how many tokens in all there is room for: `num_tokens`, or as many as have positions.
+
+    Raises:
+        ParamsError: a decoder whose attention is not by `decode_attention`, or one without a position for one more.
+    """
+    cache = state.cache
+    positions = decoder.positions
+    room = num_tokens if positions is None or positions.most is None else min(num_tokens, positions.most)
+    if isinstance(cache, FixedCache):
+        if room <= cache.capacity and positions is not None:
+            positions.at(cache.capacity, like=state.like)  # which says what is too short
+        cache.grow(room)
+    elif not (state.lookup and state.by_op):
+        raise must(
+            "fix",
+            "meet a decoder in evaluation whose attention is run by decode_attention",
+            AsText(f"one whose attention is not, on {state.like.device} in {state.like.dtype}"),
+            "Decode on a GPU with Triton, in bf16 and not under autocast, and with heads of an ordinary width",
+        )
+    else:
+        width = sum(2 * layer.self_attention.key_dim for layer in _layers(decoder))
+        rows = state.num_sources * num_hypotheses
+        state.cache = FixedCache(width=width, rows=rows, capacity=room, like=state.like)
+    _remember_biases(decoder, state=state, capacity=room)
+    return state, room
+
+
+def _position(positions: Positions, *, cache: TokenCache, like: Tensor) -> Tensor:
+    """Returns the vector [D] or [1, D] of the next token's position."""
+    if isinstance(cache, FixedCache):
+        return positions.lookup(cache.place, dtype=like.dtype, length=cache.capacity)
+    assert isinstance(cache.place, int)
+    return positions.at(cache.place, like=like)
+
+
 def _fits_lookup(decoder: StepStack, *, like: Tensor) -> bool:
     """Whether all attentions of `decoder` are such as may look their keys up in a table."""
     layers = _layers(decoder)
@@ -249,7 +294,10 @@ def _count_memory(state: NestedMap) -> None:
 
 def _extend_biases(decoder: StepStack, *, state: NestedMap) -> None:
     """Makes the remembered biases long enough for one more token."""
-    needed = state.length + 1
+    place = state.cache.place
+    if isinstance(place, Tensor):
+        return  # `fix` has made them as long as the cache.
+    needed = place + 1
     capacity = max((bias.shape[-1] for bias in state.history if bias is not None), default=needed)
     if capacity < needed:
         _remember_biases(decoder, state=state, capacity=2 * capacity)

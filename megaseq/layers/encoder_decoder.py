@@ -251,3 +251,8 @@ class EncoderDecoder(Layer):
     def reorder(self, state: NestedMap, *, hyps: Tensor) -> NestedMap:
         """`select` of all sources, `hyps` [B, K'], which reads nothing back from the device."""
         return decoding.reorder(state, hyps=hyps)
+
+    @torch.no_grad()
+    def fix(self, state: NestedMap, *, num_hyps: int, num_tokens: int) -> tuple[NestedMap, int]:
+        """Keeps the memory of the next steps in place, so that a CUDA graph can hold them; see `decoding.fix`."""
+        return decoding.fix(self.decoder, state=state, num_hypotheses=num_hyps, num_tokens=num_tokens)

@@ -34,6 +34,11 @@ class Positions(Layer):
 
     params: Params
 
+    @property
+    def most(self) -> int | None:
+        """How many positions there are; None: as many as are wanted."""
+        return None
+
     def lookup(self, positions: Tensor, *, dtype: torch.dtype, length: int) -> Tensor:
         """Returns the vectors [..., D] of the 0-based `positions` [...], each below `length`."""
         raise NotImplementedError
@@ -78,6 +83,11 @@ class LearnedPositions(Positions):
         self.weight = self.create_parameter(
             "weight", shape=(p.max_positions + p.offset, p.model_dim), axes=(None, "model"), init=p.init.instantiate()
         )
+
+    @property
+    def most(self) -> int:
+        """How many positions the table holds, after the offset."""
+        return self.params.max_positions
 
     def lookup(self, positions: Tensor, *, dtype: torch.dtype, length: int) -> Tensor:
         """Returns the vectors [..., D] of `positions` [...], each below `length`.

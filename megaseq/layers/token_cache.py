@@ -22,8 +22,10 @@ INITIAL_CAPACITY = 32
 class TokenCache(Protocol):
     """What a step asks for: `begin`, then `attend` for each layer, `end`; between steps `select`."""
 
-    length: int
-    """Tokens held of each hypothesis."""
+    @property
+    def place(self) -> Tensor | int:
+        """The number of the next token: [1] where the device counts."""
+        ...
 
     def begin(self, rows: int) -> None:
         """Makes room for one more token of `rows` hypotheses."""
@@ -59,7 +61,7 @@ class MovingCache:
     moves all layers; and a spare one to gather into, with which it changes places."""
 
     def __init__(self, *, width: int, like: Tensor) -> None:
-        self.length = 0
+        self.place = 0
         self._width = width
         self._buffer = like.new_empty(0)
         self._spare: Tensor | None = None
@@ -68,9 +70,9 @@ class MovingCache:
     def begin(self, rows: int) -> None:
         """See `TokenCache`."""
         self._rows = rows
-        size = self.length * rows * self._width
+        size = self.place * rows * self._width
         if self._buffer.numel() < size + rows * self._width:
-            larger = self._buffer.new_empty(max(INITIAL_CAPACITY, 2 * self.length) * rows * self._width)
+            larger = self._buffer.new_empty(max(INITIAL_CAPACITY, 2 * self.place) * rows * self._width)
             larger[:size] = self._buffer[:size]
             self._buffer, self._spare = larger, None
 
@@ -79,7 +81,7 @@ class MovingCache:
     ) -> Tensor:
         """See `TokenCache`."""
         query, key, value = heads
-        length, rows = self.length + 1, self._rows
+        length, rows = self.place + 1, self._rows
         kept = self._buffer[: length * rows * self._width].view(length, rows, self._width)
         kept = kept[:, :, start : start + 2 * block.key_dim]
         entry = kept[-1].view(rows, 2, block.num_key_value_heads, block.head_dim)
@@ -94,11 +96,11 @@ class MovingCache:
 
     def end(self) -> None:
         """See `TokenCache`."""
-        self.length += 1
+        self.place += 1
 
     def select(self, rows: Tensor, *, before: int) -> None:
         """See `TokenCache`."""
-        length, count = self.length, rows.numel()
+        length, count = self.place, rows.numel()
         if length == 0:
             return
         needed = length * count * self._width
@@ -117,7 +119,7 @@ class LookupCache:
     """
 
     def __init__(self, *, width: int, like: Tensor) -> None:
-        self.length = 0
+        self.place = 0
         self._by_op = wanted_for(like)
         self._lengths = torch.empty(0, dtype=torch.long, device=like.device)
         self._buffer = like.new_empty(0, width)
@@ -128,26 +130,26 @@ class LookupCache:
     def begin(self, rows: int) -> None:
         """See `TokenCache`."""
         if self._rows != rows:
-            if self.length:
+            if self.place:
                 raise RuntimeError(f"cache: must be told by select of {rows} hypotheses, but holds {self._rows}.")
             self._rows = rows
             self._places = self._places.new_empty(rows, INITIAL_CAPACITY)
-        if self._places.shape[1] == self.length:
+        if self._places.shape[1] == self.place:
             self._places = torch.cat([self._places, torch.empty_like(self._places)], dim=1)
         if self._buffer.shape[0] < self._used + rows:
             larger = self._buffer.new_empty(max(INITIAL_CAPACITY * rows, 2 * self._used + rows), self._buffer.shape[1])
             larger[: self._used] = self._buffer[: self._used]
             self._buffer = larger
-        self._places[:, self.length] = torch.arange(self._used, self._used + rows, device=self._places.device)
+        self._places[:, self.place] = torch.arange(self._used, self._used + rows, device=self._places.device)
         if self._by_op:
-            self._lengths = torch.full((rows,), self.length + 1, device=self._places.device)
+            self._lengths = torch.full((rows,), self.place + 1, device=self._places.device)
 
     def attend(
         self, block: SelfAttention, *, start: int, heads: tuple[Tensor, Tensor, Tensor], bias: Tensor | None
     ) -> Tensor:
         """See `TokenCache`."""
         query, key, value = heads
-        length, rows = self.length + 1, self._rows
+        length, rows = self.place + 1, self._rows
         shape = (-1, 2, block.num_key_value_heads, block.head_dim)
         kept = self._buffer[: self._used + rows, start : start + 2 * block.key_dim].view(shape)
         torch.stack([key[:, 0], value[:, 0]], dim=1, out=kept[self._used :])
@@ -174,11 +176,11 @@ class LookupCache:
 
     def end(self) -> None:
         """See `TokenCache`."""
-        self.length += 1
+        self.place += 1
         self._used += self._rows
 
     def select(self, rows: Tensor, *, before: int) -> None:
         """See `TokenCache`."""
-        if self.length:
+        if self.place:
             self._places = self._places.index_select(0, rows)
             self._rows = rows.numel()

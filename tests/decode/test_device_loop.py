@@ -326,14 +326,14 @@ def test_every_step_is_the_same_graph(monkeypatch: pytest.MonkeyPatch) -> None:
 
         def advance(tensors: list[torch.Tensor], logits: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
             new = rebuilt(state, [tensor.clone() for tensor in tensors])
-            parents = loop.advance(new, logits=logits, normalised=False, first=False)
+            parents = loop.advance(new, logits=logits, normalised=False, first=False).parents
             return parents, flat(new)
 
         if step == 1:
             graph = make_fx(advance)(flat(state), logits)
         if graph is not None:
             parents, replayed = graph(flat(state), logits)
-        wanted = loop.advance(state, logits=logits, normalised=False, first=step == 0)
+        wanted = loop.advance(state, logits=logits, normalised=False, first=step == 0).parents
         if graph is not None:
             assert torch.equal(parents, wanted)
             for mine, theirs in zip(replayed, flat(state), strict=True):
