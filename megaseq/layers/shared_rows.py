@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from megaseq.kernels.attention import AttentionMask, RelativeBias, attention, computes_bias
+from megaseq.kernels.attention.ranges import SegmentRanges
 from megaseq.kernels.attention.ring import RingDropout, RingSettings, ring_attention
 from megaseq.kernels.dropout import DropoutKey, DropoutMask
 from megaseq.layers.relative import PositionBias
@@ -63,6 +64,7 @@ class SharedMask:
     def __init__(self, queries: SharedRow, keys: SharedRow, *, causal: bool, window: int | None) -> None:
         self.queries, self.keys = queries, keys
         self.causal, self.window = causal, window
+        self._ranges: dict[tuple[int, int], SegmentRanges] = {}
         self._whole = AttentionMask(
             query_segment_ids=queries.segment_ids, key_segment_ids=keys.segment_ids, causal=causal, window=window
         )
@@ -110,6 +112,7 @@ class SharedMask:
             scale=scale,
             soft_cap=soft_cap,
             dropout=chosen,
+            ranges=self._ranges,
         )
         return ring_attention(query, key=key, value=value, bias=bias, settings=settings)
 

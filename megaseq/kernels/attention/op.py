@@ -151,3 +151,5 @@ def _rows(tensor: Tensor) -> Tensor:
 
 attention_forward = _forward
 """The operator, for `triton_attention`."""
+attention_backward = _backward
+"""Likewise its gradient, for who puts several calls together."""

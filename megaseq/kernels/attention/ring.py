@@ -9,82 +9,31 @@ softmax is put together as tiles come (Milakov and Gimelshein 2018), and the bac
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from megaseq.kernels.dropout import DropoutKey, dropout
+from megaseq.kernels.attention import fused
+from megaseq.kernels.attention.ring_kernels import kernel_ring_attention
+from megaseq.kernels.attention.ring_tiles import (
+    Ring,
+    RingDropout,
+    RingSettings,
+    Tile,
+    chunks_of,
+    first_weights,
+    tiles,
+)
+from megaseq.kernels.dispatch import choose, requested
+from megaseq.kernels.dropout import dropout
 from megaseq.kernels.functions import apply_one
+
+__all__ = ["Ring", "RingDropout", "RingSettings", "chunks_of", "ring_attention"]
 
 TILE = 1024
 """Queries and keys of a tile, at most."""
-
-
-class Ring(Protocol):
-    """The processes that share rows, in a circle."""
-
-    @property
-    def size(self) -> int:
-        """How many they are."""
-
-    @property
-    def index(self) -> int:
-        """Which of them this one is."""
-
-    def pass_on(self, tensors: Sequence[Tensor]) -> Callable[[], list[Tensor]]:
-        """Begins to send tensors to the next process and to receive the like from the one before; the result waits."""
-
-
-@dataclass(frozen=True, eq=False)
-class RingDropout:
-    """Which weights among all of the batch's, [rows, N, T, S] row-major, become zero."""
-
-    rate: float
-    key: DropoutKey
-    rows: Tensor
-    """int64 [B], numbers of the rows."""
-    heads: tuple[int, int]
-    """(number of the first head here, heads N of the model)."""
-    lengths: tuple[int, int]
-    """(T, S), without what pads rows for the processes."""
-
-
-@dataclass(frozen=True, eq=False)
-class RingSettings:
-    """All of a call that is not differentiated."""
-
-    ring: Ring
-    query_segment_ids: Tensor
-    """int64 [B, L], of the whole rows, padded; 0 is padding."""
-    key_segment_ids: Tensor
-    """int64 [B, K], likewise."""
-    causal: bool
-    window: int | None
-    scale: float
-    soft_cap: float | None
-    dropout: RingDropout | None
-
-
-@dataclass(frozen=True)
-class _Tile:
-    """A run of queries and a run of keys: where they are in this process's tensors, and in the row."""
-
-    queries: slice
-    keys: slice
-    query_place: int
-    key_place: int
-
-    @property
-    def sizes(self) -> tuple[int, int]:
-        return self.queries.stop - self.queries.start, self.keys.stop - self.keys.start
-
-
-def chunks_of(index: int, *, size: int) -> tuple[int, int]:
-    """Returns which two of 2 * `size` chunks of a row process `index` has."""
-    return index, 2 * size - 1 - index
 
 
 def ring_attention(query: Tensor, *, key: Tensor, value: Tensor, bias: Tensor | None, settings: RingSettings) -> Tensor:
@@ -100,8 +49,23 @@ def ring_attention(query: Tensor, *, key: Tensor, value: Tensor, bias: Tensor | 
 
     Returns:
         [B, t, N, H]; zeros for queries that see no key.
+
+    Raises:
+        KernelError: if `MEGASEQ_KERNELS` asks for kernels that cannot run this call.
     """
+    if _by_kernels(query, settings=settings):
+        return kernel_ring_attention(query, key=key, value=value, bias=bias, settings=settings)
     return apply_one(_RingAttention, query, key, value, bias, settings)
+
+
+def _by_kernels(query: Tensor, *, settings: RingSettings) -> bool:
+    """Whether Triton's kernels do the tiles: on a GPU if they can, and where they are asked for."""
+    wanted = requested("attention")
+    if wanted not in ("auto", "triton") or (wanted == "auto" and not fused.preferred(query.device)):
+        return False
+    reason = fused.unfit(query, mask=None, bias=None, scale=settings.scale, dropout=None)
+    impossible = {} if reason is None else {"triton": reason}
+    return choose("attention", automatic="reference" if reason else "triton", impossible=impossible) == "triton"
 
 
 class _RingAttention(torch.autograd.Function):
@@ -194,27 +158,11 @@ class _Work:
         self._settings = settings
         self.query_length = settings.query_segment_ids.shape[1]
 
-    def tiles(self, step: int, *, key_length: int) -> Iterator[_Tile]:
+    def tiles(self, step: int, *, key_length: int) -> Iterator[Tile]:
         """Yields the tiles between this process's queries and the keys that are here after `step` steps."""
-        ring = self._settings.ring
-        owner = (ring.index - step) % ring.size
-        for queries, query_place in _runs(self.query.shape[2], index=ring.index, size=ring.size):
-            for keys, key_place in _runs(key_length, index=owner, size=ring.size):
-                tile = _Tile(queries, keys, query_place, key_place)
-                if not self._is_hidden(tile):
-                    yield tile
+        return tiles(self._settings, step=step, lengths=(self.query.shape[2], key_length), size=TILE)
 
-    def _is_hidden(self, tile: _Tile) -> bool:
-        """Whether all keys of a tile come after its queries, or are too far away."""
-        settings = self._settings
-        queries, keys = tile.sizes
-        nearest_after = tile.key_place - (tile.query_place + queries - 1)
-        nearest_before = tile.query_place - (tile.key_place + keys - 1)
-        if settings.causal and nearest_after > 0:
-            return True
-        return settings.window is not None and max(nearest_after, nearest_before) >= settings.window
-
-    def scores(self, tile: _Tile, *, keys: Tensor) -> tuple[Tensor, Tensor | None]:
+    def scores(self, tile: Tile, *, keys: Tensor) -> tuple[Tensor, Tensor | None]:
         """Returns the scores [B, N, t, s], minus infinity where hidden, and the soft cap's derivative."""
         settings = self._settings
         scores = _times_transposed(self.query[:, :, tile.queries], _rows(keys, tile.keys))
@@ -226,7 +174,7 @@ class _Work:
             scores = scores + _by_distance(self._bias, tile=tile, length=self.query_length)
         return scores.masked_fill(~self._allowed(tile), float("-inf")), slope
 
-    def _allowed(self, tile: _Tile) -> Tensor:
+    def _allowed(self, tile: Tile) -> Tensor:
         """Returns bool [B, 1, t, s]."""
         settings = self._settings
         queries, keys = tile.sizes
@@ -243,28 +191,13 @@ class _Work:
                 allowed = allowed & (distance.abs() < settings.window)
         return allowed[:, None]
 
-    def drop(self, weights: Tensor, *, tile: _Tile) -> Tensor:
+    def drop(self, weights: Tensor, *, tile: Tile) -> Tensor:
         """Returns weights [B, N, t, s] with some of them zero, the same in both passes and on any layout."""
         chosen = self._settings.dropout
         if chosen is None:
             return weights
-        first, total = chosen.heads
-        queries, keys = chosen.lengths
-        device = weights.device
-        heads = torch.arange(first, first + weights.shape[1], device=device)
-        places = torch.arange(tile.query_place, tile.query_place + weights.shape[2], device=device)
-        runs = (chosen.rows[:, None, None] * total + heads[:, None]) * queries + places
-        offset = (runs * keys + tile.key_place).flatten()
+        offset = first_weights(self._settings, tile=tile, heads=weights.shape[1])
         return dropout(weights, rate=chosen.rate, key=chosen.key, offset=offset)
-
-
-def _runs(length: int, *, index: int, size: int) -> Iterator[tuple[slice, int]]:
-    """Yields runs of at most `TILE` of a process's `length` tokens, each with the place of its first token."""
-    chunk = length // 2
-    for half, number in enumerate(chunks_of(index, size=size)):
-        for start in range(0, chunk, TILE):
-            stop = min(start + TILE, chunk)
-            yield slice(half * chunk + start, half * chunk + stop), number * chunk + start
 
 
 def _by_head(tensor: Tensor) -> Tensor:
@@ -298,19 +231,19 @@ def _across(weights: Tensor, x: Tensor, *, heads: int) -> Tensor:
     return _grouped(weights, heads).transpose(2, 3) @ _grouped(x, heads)
 
 
-def _distances(tile: _Tile, *, length: int) -> slice:
+def _distances(tile: Tile, *, length: int) -> slice:
     """Returns where the distances of a tile stand, from that of its last query to its first key on."""
     queries, keys = tile.sizes
     first = tile.key_place - (tile.query_place + queries - 1) + length - 1
     return slice(first, first + queries + keys - 1)
 
 
-def _by_distance(bias: Tensor, *, tile: _Tile, length: int) -> Tensor:
+def _by_distance(bias: Tensor, *, tile: Tile, length: int) -> Tensor:
     """Returns the bias [N, t, s] of a tile."""
     return bias[:, _distances(tile, length=length)].unfold(1, tile.sizes[1], 1).flip(1)
 
 
-def _add_by_distance(total: Tensor, gradient: Tensor, *, tile: _Tile, length: int) -> None:
+def _add_by_distance(total: Tensor, gradient: Tensor, *, tile: Tile, length: int) -> None:
     """Adds the gradient [N, t, s] of a tile's bias to that of all distances [N, L + K - 1]."""
     queries, keys = tile.sizes
     heads = gradient.shape[0]
