@@ -50,7 +50,8 @@ def requested(op: str) -> str:
     Raises:
         KernelError: if `MEGASEQ_KERNELS` cannot be read, or names an op or an implementation that does not exist.
     """
-    return _parse(os.environ.get(VARIABLE, "auto")).get(op, "auto")
+    # torch.compile warns of the cache behind `_parse`: only those who set the variable shall see that.
+    return "auto" if undirected() else _parse(os.environ[VARIABLE]).get(op, "auto")
 
 
 def undirected() -> bool:

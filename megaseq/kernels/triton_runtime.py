@@ -40,10 +40,13 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module {__name__} has no attribute {name}")
 
 
-@functools.cache
+# Looked for once, here: torch.compile traces through a cached function, and torch 2.11 refuses `find_spec` in it.
+_INSTALLED = importlib.util.find_spec("triton") is not None
+
+
 def installed() -> bool:
     """Whether Triton can be imported."""
-    return importlib.util.find_spec("triton") is not None
+    return _INSTALLED
 
 
 def interpreted() -> bool:

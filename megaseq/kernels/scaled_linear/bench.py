@@ -14,6 +14,7 @@ from megaseq.kernels.bench_case import BenchCase, Comparison, Timed, proof_dtype
 from megaseq.kernels.quantize import dequantize
 from megaseq.kernels.scaled_linear import scaled_linear
 from megaseq.kernels.scaled_linear.cases import TOLERANCE, LinearCase
+from megaseq.kernels.scaled_linear.choice import SCALES_ROWS_IN_HOST_MEMORY
 from megaseq.kernels.scaled_linear.configs import configs, default
 from megaseq.kernels.scaled_linear.reference import reference_scaled_linear
 from megaseq.kernels.scaled_linear.torch_products import int_mm_linear, scaled_mm_linear
@@ -90,7 +91,7 @@ def _prepare(shape: LinearCase, device: torch.device) -> Timed:
             peers["int_mm"] = lambda: int_mm_linear(
                 x, weight=weight, bias=bias, activation=shape.activation, dtype=dtype
             )
-        else:
+        elif device.type == "cuda" or SCALES_ROWS_IN_HOST_MEMORY:
             peers["scaled_mm"] = lambda: scaled_mm_linear(x, weight=weight, bias=None, dtype=dtype)
     return Timed(
         run=lambda: scaled_linear(x, weight=weight, bias=bias, activation=shape.activation, dtype=dtype),

@@ -10,6 +10,8 @@ from megaseq.kernels.scaled_linear.configs import NARROWEST
 
 ALIGNED = 16
 """What K and N are multiples of for torch's product of e4m3 on a GPU."""
+SCALES_ROWS_IN_HOST_MEMORY = torch.__version__ >= "2.12"
+"""Whether torch's product of e4m3 in host memory takes a scale a row; that of torch 2.11 stops at an assertion."""
 
 
 def impossible(x: Quantized, *, weight: Quantized, activation: str, dtype: torch.dtype) -> dict[str, str]:
@@ -47,6 +49,8 @@ def impossible(x: Quantized, *, weight: Quantized, activation: str, dtype: torch
         reasons["scaled_mm"] = "scales of rows need sm_90 or later"
     elif width % ALIGNED or num_columns % ALIGNED:
         reasons["scaled_mm"] = f"it takes widths that {ALIGNED} divides"
+    elif not on_gpu and not SCALES_ROWS_IN_HOST_MEMORY:
+        reasons["scaled_mm"] = "in host memory scales of rows need torch 2.12 or later"
     return reasons
 
 

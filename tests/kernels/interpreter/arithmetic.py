@@ -204,6 +204,11 @@ def _running_sum(stock: Callable[..., Any]) -> Callable[..., Any]:
     return running_sum
 
 
+def all_ones(self: Any, kind: Any) -> Handle:
+    """All bits set, for `~x`. Triton 3.6 asks NumPy for -1 as an unsigned integer, which NumPy refuses."""
+    return Handle(np.invert(np.zeros(1, interpreter._get_np_dtype(kind))), kind.scalar)
+
+
 def install() -> None:
     """Puts all of it into the interpreter."""
     reductions, scans = interpreter.ReduceOps, interpreter.ScanOps
@@ -214,6 +219,7 @@ def install() -> None:
     builder.cast_impl = cast
     builder.create_dot = dot
     builder.create_fma = fma
+    builder.get_all_ones_value = all_ones
     # Triton 3.6 would give NaN where either is one; a GPU gives the other.
     builder.create_minnumf = lambda self, left, right: self.binary_op(left, right, np.fmin)
     builder.create_maxnumf = lambda self, left, right: self.binary_op(left, right, np.fmax)

@@ -35,6 +35,12 @@ def combine(A, B, C, Y, count, OPERATION: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def complement(X, Y, BLOCK: tl.constexpr):
+    lanes = tl.arange(0, BLOCK)
+    tl.store(Y + lanes, ~tl.load(X + lanes))
+
+
+@triton.jit
 def product(A, B, C, WIDTH: tl.constexpr, PRECISION: tl.constexpr):
     lanes = tl.arange(0, WIDTH)
     block = lanes[:, None] * WIDTH + lanes[None, :]

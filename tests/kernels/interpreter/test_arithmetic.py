@@ -112,6 +112,15 @@ def test_fma_rounds_once(dtype: torch.dtype, device: torch.device) -> None:
     same_bits(y, wide.to(torch.float32).to(dtype) if dtype is torch.bfloat16 else wide.to(dtype))
 
 
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int8, torch.uint8, torch.int32, torch.uint32, torch.int64])
+def test_all_bits_are_turned(dtype: torch.dtype, device: torch.device) -> None:
+    x = torch.tensor([0, 1, 3, 77], device=device).to(dtype)
+    y = torch.empty_like(x)
+    kernels.complement[(1,)](x, y, BLOCK=4)
+    width = 1 if dtype is torch.bool else 8 * x.element_size()
+    assert [number % 2**width for number in y.tolist()] == [2**width - 1 - number for number in x.tolist()]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.int8, *FP8])
 def test_matrix_product(dtype: torch.dtype, device: torch.device) -> None:
     draw = torch.Generator().manual_seed(1)

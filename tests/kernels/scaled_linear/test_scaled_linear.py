@@ -71,6 +71,7 @@ def test_integers_are_exact(rows: int, width: int, columns: int, seed: int) -> N
     assert torch.equal(y, (x.long() @ weight.long().T).float() / 16)
 
 
+@pytest.mark.skipif(not choice.SCALES_ROWS_IN_HOST_MEMORY, reason="before 2.12 torch has no such product on the host")
 def test_torchs_own_product_of_e4m3(use: Use) -> None:
     case = LinearCase("aligned", rows=5, width=64, columns=32, form="e4m3")
     x, weight, _ = case.tensors(device=CPU)
@@ -188,6 +189,14 @@ def test_what_cannot_run_is_an_error(implementation: str, settings: dict[str, ob
     use(implementation)
     with pytest.raises(KernelError, match=message):
         scaled_linear(x, weight=weight, activation=case.activation)
+
+
+def test_a_torch_without_the_product_is_named(use: Use, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(choice, "SCALES_ROWS_IN_HOST_MEMORY", False)
+    x, weight, _ = LinearCase("aligned", rows=5, width=64, columns=32, form="e4m3").tensors(device=CPU)
+    use("scaled_mm")
+    with pytest.raises(KernelError, match=r"in host memory scales of rows need torch 2\.12 or later"):
+        scaled_linear(x, weight=weight)
 
 
 @pytest.mark.parametrize("form", ["int8", "e4m3"])
