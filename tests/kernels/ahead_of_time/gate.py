@@ -1,10 +1,12 @@
 """Runs `compile_all` for all architectures at once, each in a fresh process, and reads what they found.
 
-`python -m tests.kernels.ahead_of_time.gate` writes the table that is kept; look at what changed in it.
+`python -m tests.kernels.ahead_of_time.gate [OP ...]` writes the tables that are kept, one for each op, in a folder for
+each version of Triton; look at what changed in them.
 """
 
 from __future__ import annotations
 
+import argparse
 import os
 import subprocess
 import sys
@@ -14,11 +16,13 @@ from pathlib import Path
 
 import triton
 
+from megaseq.kernels.catalogue import ops_with_kernels
 from tests.kernels.ahead_of_time.figures import COLUMNS
 
 ROOT = Path(__file__).parents[3]
 ARCHITECTURES = (80, 90, 100)
-GOLDEN = ROOT / "tests/goldens/kernels" / f"triton-{triton.__version__}.tsv"
+TABLES = ROOT / "tests/goldens/kernels" / f"triton-{triton.__version__}"
+"""One file for each op: what its kernels take of each architecture when this version of Triton compiles them."""
 COMMAND = "python -m tests.kernels.ahead_of_time.gate"
 
 
@@ -62,8 +66,8 @@ def compile_for(architectures: Sequence[int], *, options: Sequence[str] = ()) ->
     return lines, wrong
 
 
-def table(lines: Sequence[str]) -> str:
-    """The kept form: a header, then the rows in order, all architectures of a kernel beside each other."""
+def tables(lines: Sequence[str]) -> dict[str, str]:
+    """The kept form, by op: a header, then the rows in order, all architectures of a kernel beside each other."""
     columns = len(COLUMNS)
 
     def key(line: str) -> tuple[object, ...]:
@@ -71,14 +75,32 @@ def table(lines: Sequence[str]) -> str:
         numbers = [int(field) for field in fields[columns - 5 :]]
         return (*fields[: columns - 5], *numbers)
 
-    return "\n".join(["\t".join(COLUMNS), *sorted(lines, key=key)]) + "\n"
+    rows: dict[str, list[str]] = {}
+    for line in sorted(lines, key=key):
+        rows.setdefault(line.partition("\t")[0], ["\t".join(COLUMNS)]).append(line)
+    return {op: "\n".join(rows_of_op) + "\n" for op, rows_of_op in rows.items()}
+
+
+def kept() -> dict[str, str]:
+    """The tables that were written before, by op."""
+    return {path.stem: path.read_text() for path in sorted(TABLES.glob("*.tsv"))}
 
 
 def main() -> int:
-    """Writes the table; returns 1 if something is wrong."""
-    lines, wrong = compile_for(ARCHITECTURES)
-    GOLDEN.write_text(table(lines))
-    print(f"{GOLDEN.relative_to(ROOT)}: {len(lines)} rows")
+    """Writes the tables; returns 1 if something is wrong."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("ops", nargs="*", metavar="OP", help="only these; without any all, and tables of others go")
+    ops = parser.parse_args().ops
+    unknown = ", ".join(sorted(set(ops) - set(ops_with_kernels())))
+    if unknown:
+        parser.error(f"OP must have kernels, but is {unknown}; take of {', '.join(ops_with_kernels())}")
+    lines, wrong = compile_for(ARCHITECTURES, options=["--ops", *ops] if ops else [])
+    TABLES.mkdir(exist_ok=True)
+    for op in () if ops else kept().keys() - tables(lines).keys():
+        (TABLES / f"{op}.tsv").unlink()
+    for op, text in tables(lines).items():
+        (TABLES / f"{op}.tsv").write_text(text)
+    print(f"{TABLES.relative_to(ROOT)}: {len(lines)} rows")
     print("\n".join(wrong))
     return 1 if wrong else 0
 
