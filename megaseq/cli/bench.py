@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import logging
+import math
 import os
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -33,8 +35,23 @@ def register(subparsers: _SubParsersAction[argparse.ArgumentParser]) -> None:
     kernels.add_argument("--ops", nargs="+", metavar="OP", help="only these ops")
     kernels.add_argument("--cases", metavar="TEXT", default="", help="only cases with TEXT in their names")
     kernels.add_argument("--check", action="store_true", help="prove only; without a GPU, under Triton's interpreter")
-    kernels.add_argument("--tune", action="store_true", help="choose tile sizes first, and write them into the package")
-    kernels.add_argument("--out", metavar="FOLDER", default=".", help="where results go as JSON; default: here")
+    kernels.add_argument(
+        "--tune", action="store_true", help="choose tile sizes too, and write them into FOLDER and into the package"
+    )
+    kernels.add_argument(
+        "--minutes",
+        type=float,
+        metavar="N",
+        default=math.inf,
+        help="begin nothing after N minutes; exits with 3 then, and the same command again goes on",
+    )
+    kernels.add_argument("--fresh", action="store_true", help="begin anew: forget what FOLDER has of these ops")
+    kernels.add_argument(
+        "--out",
+        metavar="FOLDER",
+        default=".",
+        help="where results are kept as JSON, after each case; a run goes on where the last one ended; default: here",
+    )
     kernels.set_defaults(run=run_kernels)
     ledger = subjects.add_parser(
         "ledger",
@@ -67,10 +84,10 @@ def run_kernels(arguments: argparse.Namespace) -> int:
     # Read when a kernel is defined, so before the ops are imported.
     os.environ["TRITON_INTERPRET"] = "1" if device is None else "0"
     logging.getLogger("megaseq.kernels.bench").setLevel(logging.INFO)
-    cases = _cases(arguments)
-    if arguments.check or device is None:
-        return _check(cases, device=device or torch.device("cpu"))
-    return _time(cases, device=device, tune_first=arguments.tune, out=Path(arguments.out))
+    cases = _cases(arguments, on_gpu=device is not None)
+    if device is None:
+        return _check(cases, device=torch.device("cpu"))
+    return _run(cases, device=device, arguments=arguments)
 
 
 def run_ledger(arguments: argparse.Namespace) -> int:
@@ -82,51 +99,66 @@ def run_ledger(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _cases(arguments: argparse.Namespace) -> list[BenchCase]:
-    from megaseq.kernels.catalogue import bench_cases
+def _cases(arguments: argparse.Namespace, *, on_gpu: bool) -> dict[str, list[BenchCase]]:
+    """By op, the most important first: on a GPU also what is only proven, in front of what is timed."""
+    from megaseq.kernels.catalogue import bench_cases, proof_cases
 
-    by_op = bench_cases()
-    unknown = sorted(set(arguments.ops or ()) - set(by_op))
+    timed = bench_cases()
+    proven = proof_cases() if on_gpu else {}
+    unknown = sorted(set(arguments.ops or ()) - set(timed))
     if unknown:
         raise MegaseqError(
             f"bench kernels: --ops must name ops with benchmarks, but has {', '.join(unknown)}. "
-            f"Choose from: {', '.join(by_op)}."
+            f"Choose from: {', '.join(timed)}."
         )
-    chosen = arguments.ops or list(by_op)
-    cases = [case for op in chosen for case in by_op[op] if arguments.cases in case.name]
-    if not cases:
+    chosen = [op for op in timed if op in (arguments.ops or timed)]
+    by_op = {op: [*proven.get(op, ()), *timed[op]] for op in chosen}
+    cases = {op: [case for case in found if arguments.cases in case.name] for op, found in by_op.items()}
+    if not any(cases.values()):
         raise MegaseqError(
             f"bench kernels: --cases must be in the name of a case, but is {arguments.cases!r}. Leave it out."
         )
     return cases
 
 
-def _check(cases: list[BenchCase], *, device: torch.device) -> int:
+def _check(cases: dict[str, list[BenchCase]], *, device: torch.device) -> int:
     from megaseq.kernels.bench.runner import prove_all
 
-    wrong = prove_all(cases, device=device)
-    where = "on the GPU" if device.type == "cuda" else "under the interpreter"
-    print(f"{len(cases)} cases proven {where}, {len(wrong)} results wrong")
+    every = [case for found in cases.values() for case in found]
+    wrong = prove_all(every, device=device)
+    print(f"{len(every)} cases proven under the interpreter, {len(wrong)} results wrong")
     for sentence in wrong:
         print(sentence)
     return 1 if wrong else 0
 
 
-def _time(cases: list[BenchCase], *, device: torch.device, tune_first: bool, out: Path) -> int:
-    from megaseq.kernels.bench import results, timing, tuner
-    from megaseq.kernels.bench.runner import time_all
+def _run(cases: dict[str, list[BenchCase]], *, device: torch.device, arguments: argparse.Namespace) -> int:
+    """Proves, tunes and times; returns 0 if all is done and right, 1 if something is wrong, 3 if something is left."""
+    from megaseq.kernels.bench.record import of_machine
+    from megaseq.kernels.bench.results import to_markdown
+    from megaseq.kernels.bench.runner import DeviceLost, Runner
+    from megaseq.kernels.bench.tuner import written_to
     from megaseq.kernels.catalogue import source_hash
 
-    best = timing.ceiling(device)
-    where = results.machine(device, ceiling=best)
-    if tune_first:
-        table = tuner.tune(cases, device=device)
-        path = tuner.write_table(table, architecture=where.architecture, card=where.card, versions=where.versions)
-        print(f"tile sizes of {len(table)} kernels: {path}")
-    found = time_all(cases, device=device, best=best)
-    hashes = {op: source_hash(op) for op in {case.op for case in cases}}
-    name = f"{where.card.lower().replace(' ', '_').replace('/', '_')}.json"
-    out.mkdir(parents=True, exist_ok=True)
-    (out / name).write_text(results.to_json(where, results=found, hashes=hashes), encoding="utf-8")
-    print(results.to_markdown(where, results=found), end="")
-    return 0
+    deadline, folder = time.monotonic() + 60 * arguments.minutes, Path(arguments.out)
+    record = of_machine(device, folder=folder)
+    if arguments.fresh:
+        record.forget(cases)
+    runner = Runner(
+        record,
+        device=device,
+        sources={op: source_hash(op) for op in cases},
+        deadline=deadline,
+        written=written_to(folder, machine=record.machine),
+    )
+    try:
+        left = runner.run(cases, tune=arguments.tune and not arguments.check, timed=not arguments.check)
+        rest = f"{left} steps are left: run the same command again to go on" if left else ""
+    except DeviceLost as error:
+        rest = f"{error}\nRun the same command again to go on without this case"
+    print(to_markdown(record.machine, results=record.results(cases)), end="")
+    wrong = runner.wrong(cases)
+    print(f"{sum(len(record.ops[op].proven) for op in cases)} cases proven on the GPU, {len(wrong)} results wrong")
+    print("\n".join([*wrong, *filter(None, [rest])]))
+    print(f"kept in {record.path}")
+    return 3 if rest else 1 if wrong else 0

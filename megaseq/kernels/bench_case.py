@@ -1,5 +1,6 @@
 """What `megaseq bench kernels` proves and times: an op lists it in its `bench.py`, as `bench_cases()`.
 
+What is only proven, on a GPU, is in `proofs.py`, as `proof_cases()`: the calls of `cases.py`, which tests prove too.
 The list costs nothing to make: memory is taken, and the op is called, only by `check` and `prepare`, on their device.
 A wrong result is never timed.
 """
@@ -20,6 +21,11 @@ def proof_dtype(dtype: torch.dtype, *, device: torch.device) -> torch.dtype:
     return dtype if device.type == "cuda" else torch.float32
 
 
+def ready(call: Callable[[], object]) -> Callable[[], Callable[[], object]]:
+    """A peer that takes no tensors of its own: what `Timed.peers` holds for it."""
+    return lambda: call
+
+
 @dataclasses.dataclass(frozen=True)
 class Comparison:
     """A result of the op beside that of its reference."""
@@ -29,7 +35,7 @@ class Comparison:
     expected: Tensor
     """What the reference gave, of the same shape; float64 where that is the better judge."""
     tolerance: float
-    """Largest allowed difference, in units of the largest magnitude of `expected`, or 1 if that is smaller."""
+    """Largest allowed difference, in units of the largest magnitude of `expected`, or 0.001 if that is smaller."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,8 +44,9 @@ class Timed:
 
     run: Callable[[], object]
     """The op. Called many times; must not wait for the device."""
-    peers: Mapping[str, Callable[[], object]] = dataclasses.field(default_factory=dict)
-    """What else computes the same: by name, such as "flex_attention". One that cannot run is reported, not fatal."""
+    peers: Mapping[str, Callable[[], Callable[[], object]]] = dataclasses.field(default_factory=dict)
+    """What else computes the same, by name, such as "flex_attention": makes the call to be timed when its turn comes,
+    so that only its own tensors are in memory. One that cannot be made or run is reported, not fatal."""
     flops: float = 0.0
     """Floating-point operations of one run that nobody can avoid, 0 where memory is what counts."""
     bytes: float = 0.0
@@ -59,7 +66,8 @@ class BenchCase:
     """Name of the shape, such as "t5_large_512_128_packed"; unique among the cases of the op."""
     check: Callable[[torch.device], Mapping[str, Comparison]]
     """Runs the op and its reference on small tensors of the same kind: each output and gradient by name."""
-    prepare: Callable[[torch.device], Timed]
-    """Makes the tensors of full size; on the host small ones, with which tests run what would be timed."""
+    prepare: Callable[[torch.device], Timed] | None = None
+    """Makes the tensors of full size; on the host small ones, with which tests run what would be timed. None: the case
+    is only proven."""
     candidates: Mapping[str, Sequence[Config]] = dataclasses.field(default_factory=dict)
     """By kernel: the tile sizes that the tuner tries for this shape."""

@@ -19,6 +19,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from megaseq.base import optional
@@ -89,6 +90,11 @@ class Config:
         return {**self.blocks, **options}
 
 
+def kind_of(dtype: torch.dtype) -> str:
+    """What keys of the tables call a type: both of 16 bits are "half", as tiles and speed are the same."""
+    return "half" if dtype in (torch.bfloat16, torch.float16) else str(dtype).removeprefix("torch.")
+
+
 _overrides: dict[str, Config] = {}
 
 
@@ -131,7 +137,17 @@ def config(kernel: str, *, key: str, default: Config) -> Config:
         observer.add((kernel, key))
     if kernel in _overrides:
         return _overrides[kernel]
+    if key in _learned.get(kernel, {}):
+        return _learned[kernel][key]
     return _table(architecture()).get(kernel, {}).get(key, default)
+
+
+_learned: dict[str, dict[str, Config]] = {}
+
+
+def learn(kernel: str, *, rows: Mapping[str, Config]) -> None:
+    """From now on launches of this process take these tile sizes, by key, whatever the tables say."""
+    _learned.setdefault(kernel, {}).update(rows)
 
 
 @functools.cache
@@ -147,8 +163,9 @@ def _table(arch: int) -> Mapping[str, Mapping[str, Config]]:
 
 
 def forget_tables() -> None:
-    """Tables are read anew: after one was written."""
+    """Tables are read anew, and what was learnt is gone: after one was written."""
     _table.cache_clear()
+    _learned.clear()
 
 
 def _module(name: str) -> Any:

@@ -12,8 +12,10 @@ import torch
 from megaseq.cli import bench
 from megaseq.cli.main import main
 from megaseq.kernels import catalogue, triton_runtime
-from megaseq.kernels.bench import ledger
-from tests.kernels.bench.fakes import case
+from megaseq.kernels.bench import ledger, record
+from megaseq.kernels.bench.record import Record
+from megaseq.kernels.bench_case import BenchCase
+from tests.kernels.bench.fakes import case, compared
 
 
 @pytest.fixture(autouse=True)
@@ -69,29 +71,71 @@ def test_unknown_names(
     assert text in capsys.readouterr().err
 
 
-def test_the_whole_way(host_as_gpu: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    pytest.importorskip("triton")
-    from megaseq.kernels.bench import results
+def whole_way(*options: str, out: Path) -> int:
+    return main(["bench", "kernels", "--out", str(out), *options])
 
-    sizes = [triton_runtime.Config({"BLOCK": size}) for size in (16, 32)]
-    monkeypatch.setattr(catalogue, "bench_cases", lambda: {"dropout": [case(candidates={"double": sizes})]})
+
+@pytest.fixture
+def cases(host_as_gpu: Path, monkeypatch: pytest.MonkeyPatch) -> list[BenchCase]:
+    """Cases that are timed; one more is only proven."""
+    pytest.importorskip("triton")
+    found = [case(candidates={"double": [triton_runtime.Config({"BLOCK": size}) for size in (16, 32)]})]
+    monkeypatch.setattr(catalogue, "bench_cases", lambda: {"dropout": found})
+    proven = BenchCase("dropout", "proven", lambda device: {"output": compared(1.0, 1.0)})
+    monkeypatch.setattr(catalogue, "proof_cases", lambda: {"dropout": [proven]})
+    return found
+
+
+def only_record(out: Path) -> Record:
+    (path,) = (path for path in out.glob("*.json") if not path.name.startswith("sm_"))
+    return record.read(path)
+
+
+def test_the_whole_way(
+    cases: list[BenchCase], host_as_gpu: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "results"
-    assert main(["bench", "kernels", "--tune", "--out", str(out)]) == 0
-    where, found, sources = results.read(out / "host.json")
-    assert where.card == "host" and [item.case for item in found] == ["shape"]
-    assert sources == {"dropout": catalogue.source_hash("dropout")}
-    assert set(json.loads((host_as_gpu / "sm_0.json").read_text())["kernels"]) == {"double"}
+    assert whole_way("--tune", out=out) == 0
+    text = capsys.readouterr().out
+    assert "| dropout | shape |" in text and "2 cases proven on the GPU, 0 results wrong" in text
+    found = only_record(out)
+    assert found.machine.card == "host" and list(found.ops["dropout"].results) == ["shape"]
+    assert found.ops["dropout"].proven == ["proven", "shape"]
+    assert found.ops["dropout"].source == catalogue.source_hash("dropout")
+    for folder in (host_as_gpu, out):
+        assert set(json.loads((folder / "sm_0.json").read_text())["kernels"]) == {"double"}
     page = tmp_path / "page.md"
     page.write_text(f"# Kernels\n{ledger.START}\n{ledger.END}\n")
     assert main(["bench", "ledger", str(page), "--results", str(out)]) == 0
     assert "| dropout | shape |" in page.read_text()
 
 
+def test_a_check_on_a_gpu_times_nothing(cases: list[BenchCase], tmp_path: Path) -> None:
+    assert whole_way("--check", "--tune", out=tmp_path / "results") == 0
+    found = only_record(tmp_path / "results").ops["dropout"]
+    assert found.proven == ["proven", "shape"] and not found.results and not found.tuned
+
+
 def test_a_wrong_kernel_is_not_timed(
-    host_as_gpu: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+    cases: list[BenchCase], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    pytest.importorskip("triton")
-    monkeypatch.setattr(catalogue, "bench_cases", lambda: {"dropout": [case(found=3.0)]})
-    assert main(["bench", "kernels", "--out", str(tmp_path / "results")]) == 2
-    assert "Nothing was timed" in capsys.readouterr().err
-    assert not (tmp_path / "results").exists()
+    cases.append(case("wrong", found=3.0))
+    assert whole_way(out=tmp_path / "results") == 1
+    out = capsys.readouterr().out
+    assert "| dropout | shape |" in out and "| dropout | wrong |" not in out
+    assert "dropout: output of wrong is off by" in out
+
+
+def test_what_the_time_was_too_short_for_is_done_later(
+    cases: list[BenchCase], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "results"
+    assert whole_way("--minutes", "0", out=out) == 3
+    assert "steps are left: run the same command again to go on" in capsys.readouterr().out
+    assert not only_record(out).ops
+    assert whole_way("--minutes", "5", out=out) == 0
+    before = only_record(out)
+    assert whole_way("--minutes", "5", out=out) == 0
+    assert only_record(out) == before
+    assert whole_way("--fresh", out=out) == 0
+    assert only_record(out).ops["dropout"].results != before.ops["dropout"].results

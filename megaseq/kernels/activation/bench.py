@@ -32,9 +32,9 @@ class Shape:
         dtype = proof_dtype(torch.bfloat16, device=device)
         return [normal(self.rows, self.width * (1 + self.gated), device=device, dtype=dtype)]
 
-    def small(self) -> Shape:
-        """Sizes for a proof."""
-        return dataclasses.replace(self, rows=3)
+    def small(self, *, on_gpu: bool = False) -> Shape:
+        """Sizes for a proof, for which a GPU needs the same compiled kernels as for the timed ones."""
+        return dataclasses.replace(self, rows=64 if on_gpu else 3)
 
 
 SHAPES = (
@@ -50,7 +50,7 @@ def bench_cases() -> list[BenchCase]:
         BenchCase(
             "activation",
             shape.name,
-            check=functools.partial(compare, shape.small()),
+            check=functools.partial(compare, shape),
             prepare=functools.partial(prepare, shape),
             candidates={"activation": configs(), "activation_backward": configs()},
         )
@@ -60,6 +60,7 @@ def bench_cases() -> list[BenchCase]:
 
 def compare(shape: Shape, device: torch.device) -> dict[str, Comparison]:
     """Output and gradient beside the reference."""
+    shape = shape.small(on_gpu=device.type == "cuda")
     ours, theirs = functools.partial(_ours, shape), functools.partial(_torch, shape)
     return compare_passes(ours, reference=theirs, inputs=shape.inputs(device))
 
@@ -68,7 +69,7 @@ def prepare(shape: Shape, device: torch.device) -> Timed:
     """Tensors of full size; on the host of a small one."""
     shape = shape if device.type == "cuda" else shape.small()
     inputs = shape.inputs(device)
-    peers = {"torch": both_passes(functools.partial(_torch, shape), inputs=inputs)}
+    peers = {"torch": functools.partial(both_passes, functools.partial(_torch, shape), inputs=inputs)}
     # Forward the input and the result; backward the input, the gradient of the result and that of the input.
     moved = (3 * (1 + shape.gated) + 2) * shape.rows * shape.width * inputs[0].element_size()
     run = both_passes(functools.partial(_ours, shape), inputs=inputs)

@@ -10,7 +10,7 @@ from torch import Tensor
 from megaseq.kernels.activation.configs import default
 from megaseq.kernels.activation.reference import SAME
 from megaseq.kernels.rows import rows_of
-from megaseq.kernels.triton_runtime import config
+from megaseq.kernels.triton_runtime import config, kind_of
 
 
 def launch_forward(hidden: Tensor, *, name: str, gated: bool, out: Tensor) -> None:
@@ -66,7 +66,7 @@ def launch_backward(gradient: Tensor, *, hidden: Tensor, name: str, gated: bool,
 
 
 def _arguments(kernel: str, hidden: Tensor, *, name: str, width: int) -> dict[str, int]:
-    return config(kernel, key=f"{hidden.dtype},{SAME.get(name, name)}", default=default(width)).arguments()
+    return config(kernel, key=f"{kind_of(hidden.dtype)},{SAME.get(name, name)}", default=default(width)).arguments()
 
 
 @torch.library.custom_op("megaseq::activation", mutates_args=())

@@ -8,7 +8,7 @@ from torch import Tensor
 from megaseq.kernels.adamw.configs import configs
 from megaseq.kernels.adamw.reference import corrections, kept_factors
 from megaseq.kernels.adamw.settings import AdamWSettings, Segments
-from megaseq.kernels.triton_runtime import config, interpreted
+from megaseq.kernels.triton_runtime import config, interpreted, kind_of
 
 
 def launch(
@@ -32,7 +32,7 @@ def launch(
     decay = settings.weight_decay
     segments = decay if isinstance(decay, Segments) else None
     rest = 1 - settings.beta1
-    tile = config("adamw", key=str(gradients.dtype).removeprefix("torch."), default=configs()[0])
+    tile = config("adamw", key=kind_of(gradients.dtype), default=configs()[0])
     adamw_kernel[(-(-count // tile.blocks["BLOCK"]),)](
         parameters,
         gradients,

@@ -14,8 +14,10 @@ from megaseq.kernels import triton_runtime
 from megaseq.kernels.attention import AttentionMask, RelativeBias, attention
 from megaseq.kernels.attention.configs import FORWARD, OF_KEY, OF_QUERY, candidates
 from megaseq.kernels.attention.reference import reference_attention
+from megaseq.kernels.bench.passes import TOLERANCE
 from megaseq.kernels.bench.proof import forced
 from megaseq.kernels.bench_case import BenchCase, Comparison, Timed, proof_dtype
+from megaseq.kernels.dropout import DropoutMask
 from megaseq.kernels.triton_runtime import Config
 
 MAX_DISTANCE = 128
@@ -39,9 +41,14 @@ class Shape:
     """With T5's bias, which is trained."""
     segments: int = 1
     """Of equal length in each row."""
+    rate: float = 0.0
+    """Chance that a weight is dropped."""
+    dtype: torch.dtype = torch.bfloat16
 
-    def small(self) -> Shape:
-        """The same kind of call, with sizes for a proof: ragged, and several tiles."""
+    def small(self, *, on_gpu: bool = False) -> Shape:
+        """The same kind of call, with sizes for a proof: on a GPU those for which it compiles the same kernels."""
+        if on_gpu:
+            return dataclasses.replace(self, batch=2 if max(self.queries, self.keys) < 2048 else 1)
         queries = min(self.queries, 90)
         keys = queries if self.keys == self.queries else 70
         return dataclasses.replace(self, batch=2, queries=queries, keys=keys, heads=2)
@@ -55,13 +62,18 @@ class Shape:
 
     def tensors(self, device: torch.device) -> list[Tensor]:
         """Query, key, value, which want gradients, and with a bias its table [N, W], which does too."""
-        dtype = proof_dtype(torch.bfloat16, device=device)
+        dtype = proof_dtype(self.dtype, device=device)
         generator = torch.Generator(device).manual_seed(0)
         shapes = [(self.batch, self.queries), (self.batch, self.keys), (self.batch, self.keys)]
         sizes: list[tuple[int, ...]] = [(*shape, self.heads, self.head_dim) for shape in shapes]
         if self.biased:
             sizes.append((self.heads, -self.first + (1 if self.causal else MAX_DISTANCE + 1)))
         return [torch.randn(size, generator=generator, device=device, dtype=dtype).requires_grad_() for size in sizes]
+
+    @property
+    def dropout(self) -> DropoutMask | None:
+        """Which weights are dropped."""
+        return DropoutMask(self.rate, (7, 11, 13)) if self.rate else None
 
     @property
     def first(self) -> int:
@@ -80,20 +92,31 @@ class Shape:
 
 
 SHAPES = (
+    # What training runs: T5 and Transformer-big drop weights out.
+    Shape("t5_large_encoder_512_dropout", 32, 512, 512, biased=True, rate=0.1),
     Shape("t5_large_encoder_512", 32, 512, 512, biased=True),
+    Shape("transformer_big_encoder_packed_dropout", 16, 512, 512, segments=16, rate=0.1),
+    Shape("t5_large_cross_128_512", 32, 128, 512),
+    Shape("head_128_causal_2048", 4, 2048, 2048, head_dim=128, causal=True),
     Shape("t5_large_encoder_2048", 8, 2048, 2048, biased=True),
     Shape("t5_large_encoder_2048_packed", 8, 2048, 2048, biased=True, segments=8),
     Shape("t5_large_encoder_512_packed", 32, 512, 512, biased=True, segments=4),
     Shape("t5_large_decoder_128", 32, 128, 128, biased=True, causal=True),
     Shape("t5_large_decoder_512", 8, 512, 512, biased=True, causal=True),
-    Shape("t5_large_cross_128_512", 32, 128, 512),
+    Shape("t5_large_decoder_512_dropout", 8, 512, 512, biased=True, causal=True, rate=0.1),
     Shape("t5_large_cross_512_2048_packed", 8, 512, 2048, segments=8),
     Shape("t5_xl_encoder_512", 16, 512, 512, heads=32, biased=True),
     Shape("t5_xl_encoder_2048", 4, 2048, 2048, heads=32, biased=True),
     Shape("t5_xl_decoder_512", 4, 512, 512, heads=32, biased=True, causal=True),
     Shape("transformer_big_encoder_packed", 16, 512, 512, segments=16),
     Shape("transformer_big_decoder_packed", 16, 512, 512, segments=16, causal=True),
+    Shape("transformer_big_decoder_dropout", 16, 128, 128, causal=True, rate=0.1),
+    Shape("head_128_biased_dropout_512", 16, 512, 512, head_dim=128, biased=True, rate=0.1),
+    Shape("head_128_biased_512", 16, 512, 512, head_dim=128, biased=True),
+    Shape("t5_large_encoder_512_fp16", 32, 512, 512, biased=True, dtype=torch.float16),
+    Shape("t5_large_encoder_512_fp32", 8, 512, 512, biased=True, dtype=torch.float32),
 )
+"""The first one of each key of the tables decides on its tiles."""
 GOALS = {"flex_attention": 1.5, "sdpa_with_bias": 2.0, "flash_without_bias": 0.8, "segments_apart": 1 / 1.15}
 """By peer: how many times as long it should take. Segments apart: packing may cost 15 %."""
 
@@ -106,7 +129,7 @@ def bench_cases() -> list[BenchCase]:
         BenchCase(
             "attention",
             shape.name,
-            check=functools.partial(compare, shape.small()),
+            check=functools.partial(compare, shape),
             prepare=functools.partial(prepare, shape),
             candidates=_candidates(shape, arch=arch),
         )
@@ -116,6 +139,7 @@ def bench_cases() -> list[BenchCase]:
 
 def compare(shape: Shape, device: torch.device) -> dict[str, Comparison]:
     """Output and gradients beside those of the reference in float64."""
+    shape = shape.small(on_gpu=device.type == "cuda")
     tensors = shape.tensors(device)
     dtype = tensors[0].dtype
     exact = [tensor.detach().double().requires_grad_() for tensor in tensors]
@@ -127,13 +151,20 @@ def compare(shape: Shape, device: torch.device) -> dict[str, Comparison]:
     scale = shape.head_dim**-0.5
     query, key, value = exact[:3]
     expected = reference_attention(
-        query, key=key, value=value, allowed=allowed, bias=dense, scale=scale, soft_cap=None, dropout_mask=None
+        query,
+        key=key,
+        value=value,
+        allowed=allowed,
+        bias=dense,
+        scale=scale,
+        soft_cap=None,
+        dropout_mask=shape.dropout,
     )
     gradient = torch.linspace(-1, 1, expected.numel(), device=device, dtype=torch.float64).view(expected.shape)
     names = ("output", "gradient of query", "gradient of key", "gradient of value", "gradient of table")
     ours = [found, *torch.autograd.grad(found, tensors, gradient.to(dtype))]
     theirs = [expected, *torch.autograd.grad(expected, exact, gradient)]
-    tolerance = 1e-5 if dtype is torch.float32 else 2e-2
+    tolerance = TOLERANCE[dtype]
     return {n: Comparison(a, b, tolerance) for n, a, b in zip(names, ours, theirs, strict=False)}
 
 
@@ -141,16 +172,19 @@ def prepare(shape: Shape, device: torch.device) -> Timed:
     """Tensors of full size, in bf16, and what does the same with them."""
     tensors = shape.tensors(device)
     mask = shape.mask(device)
-    peers = {"flash_without_bias": _flash(shape, tensors=tensors)}
-    if shape.biased:
-        peers["flex_attention"] = _flex(shape, tensors=tensors)
-        peers["sdpa_with_bias"] = _with_bias(shape, tensors=tensors, mask=mask)
-    elif shape.segments > 1:
-        peers["flex_attention"] = _flex(shape, tensors=tensors)
+    flash = functools.partial(_flash, shape, tensors=tensors)
+    flex = functools.partial(_flex, shape, tensors=tensors)
+    peers: dict[str, Callable[[], Callable[[], object]]] = {}
     if shape.segments > 1:
         # Flash does the full rows, and is no measure.
-        del peers["flash_without_bias"]
-        peers["segments_apart"] = _apart(shape, device=device)
+        peers["segments_apart"] = functools.partial(_apart, shape, device=device)
+    elif shape.dtype is not torch.float32:
+        peers["flash_without_bias"] = flash
+    if shape.biased:
+        peers["sdpa_with_bias"] = functools.partial(_with_bias, shape, tensors=tensors, mask=mask)
+    # It takes longest to compile, and so comes last; it has no dropout.
+    if (shape.biased or shape.segments > 1) and not shape.rate:
+        peers["flex_attention"] = flex
     goals = {name: GOALS[name] for name in peers}
     run = _trained(lambda: _call(shape, tensors=tensors, mask=mask), inputs=tensors)
     return Timed(run, peers=peers, flops=shape.flops, goals=goals)
@@ -162,7 +196,8 @@ def _bias(shape: Shape, *, tensors: Sequence[Tensor]) -> RelativeBias | None:
 
 def _call(shape: Shape, *, tensors: Sequence[Tensor], mask: AttentionMask | None) -> Tensor:
     query, key, value = tensors[:3]
-    return attention(query, key=key, value=value, mask=mask, bias=_bias(shape, tensors=tensors))
+    bias = _bias(shape, tensors=tensors)
+    return attention(query, key=key, value=value, mask=mask, bias=bias, dropout=shape.dropout)
 
 
 def _trained(forward: Callable[[], Tensor], *, inputs: Sequence[Tensor]) -> Callable[[], object]:
@@ -187,7 +222,9 @@ def _flash(shape: Shape, *, tensors: Sequence[Tensor]) -> Callable[[], object]:
 
     def forward() -> Tensor:
         with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
-            return functional.scaled_dot_product_attention(query, key, value, is_causal=shape.causal)
+            return functional.scaled_dot_product_attention(
+                query, key, value, is_causal=shape.causal, dropout_p=shape.rate
+            )
 
     return _trained(forward, inputs=inputs)
 
@@ -203,7 +240,8 @@ def _with_bias(shape: Shape, *, tensors: Sequence[Tensor], mask: AttentionMask |
         hidden = mask.additive(dense.dtype, query_length=shape.queries, key_length=shape.keys, device=dense.device)
         dense = dense + hidden
     dense = dense.contiguous().requires_grad_()
-    forward = functools.partial(functional.scaled_dot_product_attention, query, key, value, attn_mask=dense)
+    attend = functional.scaled_dot_product_attention
+    forward = functools.partial(attend, query, key, value, attn_mask=dense, dropout_p=shape.rate)
     return _trained(forward, inputs=[*inputs, dense])
 
 
@@ -262,6 +300,6 @@ def _apart(shape: Shape, *, device: torch.device) -> Callable[[], object]:
 
 def _candidates(shape: Shape, *, arch: int) -> dict[str, Sequence[Config]]:
     return {
-        kernel: candidates(kernel, dtype=torch.bfloat16, head=shape.head_dim, bias=shape.biased, arch=arch)
+        kernel: candidates(kernel, dtype=shape.dtype, head=shape.head_dim, bias=shape.biased, arch=arch)
         for kernel in (FORWARD, OF_QUERY, OF_KEY)
     }

@@ -86,10 +86,12 @@ class AttentionCase:
         config = Config({"BLOCK_M": self.tile[0], "BLOCK_N": self.tile[1]})
         return dict.fromkeys((FORWARD, OF_QUERY, OF_KEY), config)
 
-    def mask(self) -> AttentionMask:
+    def mask(self, *, device: torch.device | str = "cpu") -> AttentionMask:
         """The mask of the call, freshly made."""
-        query_ids = self._segment_ids(self.query_length)
-        key_ids = query_ids if self.query_length == self.key_length else self._segment_ids(self.key_length)
+        query_ids = self._segment_ids(self.query_length).to(device)
+        key_ids = query_ids
+        if self.query_length != self.key_length:
+            key_ids = self._segment_ids(self.key_length).to(device)
         return AttentionMask(
             query_segment_ids=query_ids, key_segment_ids=key_ids, causal=self.causal, window=self.window
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from megaseq.kernels import triton_runtime
 from megaseq.kernels.triton_runtime import Config
 
 FORWARD, OF_QUERY, OF_KEY = "attention_forward", "attention_backward_query", "attention_backward_key"
@@ -47,7 +48,7 @@ def padded(head: int) -> int:
 
 def key_of(*, dtype: torch.dtype, head: int, bias: bool, dropout: bool) -> str:
     """What the best tile sizes depend on, as the tables of `triton_runtime.config` name it; `head` as padded."""
-    words = [str(dtype).removeprefix("torch."), f"head={head}", *["bias"] * bias, *["dropout"] * dropout]
+    words = [triton_runtime.kind_of(dtype), f"head={head}", *["bias"] * bias, *["dropout"] * dropout]
     return ",".join(words)
 
 

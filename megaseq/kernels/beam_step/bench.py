@@ -12,7 +12,7 @@ from megaseq.kernels.beam_step import StepRule, beam_step
 from megaseq.kernels.beam_step.cases import SCORE_TOLERANCE
 from megaseq.kernels.beam_step.configs import configs
 from megaseq.kernels.beam_step.reference import reference_beam_step
-from megaseq.kernels.bench_case import BenchCase, Comparison, Timed
+from megaseq.kernels.bench_case import BenchCase, Comparison, Timed, ready
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +58,7 @@ def bench_cases() -> list[BenchCase]:
         BenchCase(
             "beam_step",
             shape.name,
-            check=functools.partial(compare, shape.small()),
+            check=functools.partial(compare, shape),
             prepare=functools.partial(prepare, shape),
             candidates={"beam_step": configs()},
         )
@@ -67,13 +67,36 @@ def bench_cases() -> list[BenchCase]:
 
 
 def compare(shape: Shape, device: torch.device) -> dict[str, Comparison]:
-    """Every output beside the reference: choices must be the same."""
+    """Scores beside those of the reference, and beside the reference's scores of what was chosen.
+
+    On a GPU of full size, as tiles depend on the number of rows. Among so many scores some differ by the last bit of a
+    sum alone, so that the choices themselves may be others; `proofs.py` has cases where they are the same.
+    """
+    shape = shape if device.type == "cuda" else shape.small()
     logits, total = shape.tensors(device)
     found = beam_step(logits, total=total, rule=shape.rule)
     expected = reference_beam_step(logits, total=total, rule=shape.rule, forbid_eos=None, normalised=False)
-    return {
-        name: Comparison(mine, theirs, SCORE_TOLERANCE if theirs.is_floating_point() else 0.0)
-        for name, mine, theirs in zip(found._fields, found, expected, strict=True)
+    scores = total.unsqueeze(-1) + logits.float().log_softmax(dim=-1).view(*total.shape, -1)
+    # What is out of range would bring a GPU down; brought into it, it has a wrong score.
+    ids, next_ids = (each.clamp(0, shape.vocab - 1) for each in (found.ids, found.next_ids))
+    parents = found.next_parents.clamp(0, shape.num_hyps - 1)
+    chosen = scores.gather(2, ids)
+    next_chosen = scores.flatten(1).gather(1, parents * shape.vocab + next_ids)
+    pairs = {
+        "score": (found.score, expected.score),
+        "score of ids": (chosen, expected.score),
+        "eos_score": (found.eos_score, expected.eos_score),
+        "next_score": (found.next_score, expected.next_score),
+        "score of next_ids": (next_chosen, expected.next_score),
+    }
+    return {name: Comparison(*pair, SCORE_TOLERANCE) for name, pair in pairs.items()} | {
+        "eos_allowed": Comparison(found.eos_allowed, expected.eos_allowed, 0.0),
+        "range of ids": Comparison(
+            torch.cat([found.ids.flatten(), found.next_ids.flatten()]),
+            torch.cat([ids.flatten(), next_ids.flatten()]),
+            0.0,
+        ),
+        "range of parents": Comparison(found.next_parents, parents, 0.0),
     }
 
 
@@ -82,7 +105,7 @@ def prepare(shape: Shape, device: torch.device) -> Timed:
     shape = shape if device.type == "cuda" else shape.small()
     logits, total = shape.tensors(device)
     run = functools.partial(_ours, logits, total, shape.rule)
-    peers = {"log_softmax_topk": functools.partial(_torch, logits, total, shape.rule)}
+    peers = {"log_softmax_topk": ready(functools.partial(_torch, logits, total, shape.rule))}
     moved = logits.numel() * logits.element_size()
     return Timed(run, peers=peers, bytes=moved, goals={"ceiling": 0.8, "log_softmax_topk": 1.0})
 

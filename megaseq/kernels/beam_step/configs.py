@@ -16,6 +16,11 @@ WARPS_FOR_HYPS = 4
 """The widest beam that four warps merge without spilling registers."""
 
 
+def crowd(rows: int) -> str:
+    """How keys of the tables call a number of hypotheses: few have to share out their vocabularies to fill a GPU."""
+    return "few" if rows <= 16 else "some" if rows <= 256 else "many"
+
+
 def configs() -> list[Config]:
     """What a tuner tries for the pass over the logits, the default first."""
     return [

@@ -31,9 +31,8 @@ def triton_beam_step(
     (batch, num_hyps), vocab, device = total.shape, logits.shape[1], logits.device
     rows, count = batch * num_hyps, min(rule.count, vocab)
     keep = min(count + 1, vocab)
-    config = triton_runtime.config(
-        "beam_step", key=f"{logits.dtype},count={count}".replace("torch.", ""), default=configs.DEFAULT
-    )
+    key = f"{triton_runtime.kind_of(logits.dtype)},count={count},{configs.crowd(rows)}"
+    config = triton_runtime.config("beam_step", key=key, default=configs.DEFAULT)
     tiles = -(-vocab // config.blocks["BLOCK"])
     hyps = _power(num_hyps)
     if num_chunks is None:

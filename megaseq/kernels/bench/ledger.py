@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from megaseq.kernels.bench import results
+from megaseq.kernels.bench import record, results
+from megaseq.kernels.bench.record import Record
 from megaseq.kernels.catalogue import kernel_names, ops_with_kernels, source_hash
 from megaseq.kernels.checks import KernelError
 
@@ -17,16 +18,22 @@ def ledger(folder: Path) -> str:
     Args:
         folder: the JSON files of `megaseq bench kernels`; none, if it does not exist.
     """
-    runs = [results.read(path) for path in sorted(folder.glob("*.json"))]
-    lines = ["| op | kernels | source | has run on |", "|---|---|---|---|"]
+    runs = [record.read(path) for path in sorted(folder.glob("*.json")) if not path.name.startswith("sm_")]
+    lines = ["| op | source | kernel | has been right on |", "|---|---|---|---|"]
     for op in ops_with_kernels():
         source = source_hash(op)
-        cards = [where.card for where, _, sources in runs if sources.get(op) == source]
-        older = [where.card for where, _, sources in runs if sources.get(op, source) != source]
-        ran = ", ".join([*cards, *(f"{card} (an older source)" for card in older)]) or "never on a GPU"
-        lines.append(f"| `{op}` | {', '.join(kernel_names(op))} | `{source}` | {ran} |")
-    tables = [results.to_markdown(where, results=found) for where, found, _ in runs]
+        for kernel in kernel_names(op):
+            ran = [_place(run, op=op, source=source) for run in runs if op in run.ops and kernel in run.ops[op].kernels]
+            lines.append(f"| `{op}` | `{source}` | {kernel} | {', '.join(ran) or 'never on a GPU'} |")
+    tables = [results.to_markdown(run.machine, results=run.results(run.ops)) for run in runs]
     return "\n".join([*lines, "", *tables])
+
+
+def _place(run: Record, *, op: str, source: str) -> str:
+    """The card of a run that launched a kernel of an op, and what else there is to say."""
+    found = run.ops[op]
+    words = ["an older source"] * (found.source != source) + ["other cases are wrong"] * bool(found.wrong)
+    return run.machine.card + (f" ({', '.join(words)})" if words else "")
 
 
 def replaced(page: str, *, content: str) -> str:

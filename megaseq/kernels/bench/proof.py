@@ -11,6 +11,9 @@ import torch
 from megaseq.kernels import dispatch
 from megaseq.kernels.bench_case import BenchCase, Comparison
 
+SMALLEST_UNIT = 1e-3
+"""A result whose largest magnitude is smaller is judged as if it had this one: what is left there is rounding."""
+
 
 @contextlib.contextmanager
 def forced(op: str) -> Iterator[None]:
@@ -46,7 +49,7 @@ def difference(comparison: Comparison) -> float:
         return float("inf")
     if not finite.any():
         return 0.0
-    unit = max(1.0, expected[finite].abs().max().item())
+    unit = max(SMALLEST_UNIT, expected[finite].abs().max().item())
     distance = (found[finite] - expected[finite]).abs().max().item()
     return distance / unit
 

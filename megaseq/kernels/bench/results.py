@@ -1,19 +1,19 @@
-"""What a run measured: as JSON, which is kept, and as a table for people."""
+"""What a run measured, and the table of it for people; `record.py` keeps it."""
 
 from __future__ import annotations
 
 import dataclasses
 import datetime
-import json
+import math
 import platform
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any
 
 import torch
 
 from megaseq.kernels.bench.timing import Ceiling, Measured
 from megaseq.kernels.bench_case import Timed
+
+UNKNOWN = Ceiling(math.inf, math.inf)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,6 +23,8 @@ class Result:
     op: str
     case: str
     seconds: float
+    host_seconds: float
+    """Of the launch alone, as `Measured.host_seconds`."""
     peak_bytes: int
     share_of_ceiling: float
     """Of the copy bandwidth or of the rate of matrix products, whichever bounds the case; 0: neither is known."""
@@ -64,8 +66,8 @@ class Machine:
     ceiling: Ceiling
 
 
-def machine(device: torch.device, *, ceiling: Ceiling) -> Machine:
-    """The machine that this runs on."""
+def machine(device: torch.device) -> Machine:
+    """The machine that this runs on; its ceiling is not measured."""
     from megaseq.kernels.triton_runtime import triton
 
     on_gpu = device.type == "cuda"
@@ -78,7 +80,7 @@ def machine(device: torch.device, *, ceiling: Ceiling) -> Machine:
     }
     card = torch.cuda.get_device_name(device) if on_gpu else "host"
     today = datetime.datetime.now(datetime.UTC).date().isoformat()
-    return Machine(card, 10 * major + minor, versions, today, ceiling)
+    return Machine(card, 10 * major + minor, versions, today, UNKNOWN)
 
 
 def result(
@@ -91,34 +93,7 @@ def result(
     }
     unit, (rate, share) = max(shares.items(), key=lambda item: item[1][1])
     text = f"{rate:.3g} {unit}" if rate else ""
-    return Result(op, case, own.seconds, own.peak_bytes, share, text, dict(peers), dict(timed.goals))
-
-
-def to_json(where: Machine, *, results: Sequence[Result], hashes: Mapping[str, str]) -> str:
-    """The whole run: machine, hash of each op's source, results."""
-    content = {
-        "machine": dataclasses.asdict(where),
-        "sources": dict(hashes),
-        "results": [dataclasses.asdict(item) for item in results],
-    }
-    return json.dumps(content, indent=2) + "\n"
-
-
-def read(path: Path) -> tuple[Machine, list[Result], dict[str, str]]:
-    """What `to_json` wrote: (machine, results, hash of each op's source)."""
-    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    kept = content["machine"]
-    where = Machine(**{**kept, "ceiling": Ceiling(**kept["ceiling"])})
-    results = [
-        Result(
-            **{
-                **item,
-                "peers": {n: peer if isinstance(peer, str) else Measured(**peer) for n, peer in item["peers"].items()},
-            }
-        )
-        for item in content["results"]
-    ]
-    return where, results, dict(content["sources"])
+    return Result(op, case, own.seconds, own.host_seconds, own.peak_bytes, share, text, dict(peers), dict(timed.goals))
 
 
 def to_markdown(where: Machine, *, results: Sequence[Result]) -> str:
@@ -129,14 +104,15 @@ def to_markdown(where: Machine, *, results: Sequence[Result]) -> str:
         f"{where.card} (sm_{where.architecture}), {versions}, {where.date}. Ceiling, measured: "
         f"{best.bytes_per_second / 1e9:.0f} GB/s copied, {best.flops_per_second / 1e12:.0f} TFLOP/s in bf16.",
         "",
-        "| op | case | time | peak memory | rate | of ceiling | times as long as ours | goals missed |",
-        "|---|---|---|---|---|---|---|---|",
+        "| op | case | time | launch | peak memory | rate | of ceiling | times as long as ours | goals missed |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for item in results:
         cells = (
             item.op,
             item.case,
             f"{item.seconds * 1e3:.3g} ms",
+            f"{item.host_seconds * 1e3:.2g} ms",
             f"{item.peak_bytes / 2**20:.0f} MiB",
             item.rate,
             f"{item.share_of_ceiling:.0%}" if item.rate else "",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import statistics
 import time
 from collections.abc import Callable
@@ -13,6 +14,9 @@ WARM_UP_SECONDS = 0.1
 SECONDS = 0.5
 FEWEST, MOST = 10, 1000
 """Bounds of the number of timed calls."""
+SHORTEST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 50e-6, 20e-3
+"""Bounds of how long the device waits before a run, while the host launches it."""
+CALIBRATION_CYCLES = 20_000_000
 CACHE_BYTES = 256 << 20
 """More than any card's cache: written between calls, so that each finds its tensors in memory and not in the cache."""
 
@@ -25,6 +29,8 @@ class Measured:
     """Median."""
     peak_bytes: int
     """Memory that it took on top of what was there."""
+    host_seconds: float = 0.0
+    """Median of what the host takes to launch it, in which a GPU that is not given work ahead stands still."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,22 +43,42 @@ class Ceiling:
     """Of a product of large bf16 matrices."""
 
 
-def measure(run: Callable[[], object], *, device: torch.device) -> Measured:
-    """Times `run`, with a cold cache, without the time that the host takes to launch it."""
+def measure(run: Callable[[], object], *, device: torch.device, seconds: float = SECONDS) -> Measured:
+    """Times `run` on the device alone, with a cold cache; and apart from that what the host takes to launch it.
+
+    Args:
+        run: the call.
+        device: where it runs.
+        seconds: about how long to repeat it.
+    """
     peak = _peak_bytes(run, device=device)
     if device.type != "cuda":
-        return Measured(_host_seconds(run), peak)
+        taken = _host_seconds(run)
+        return Measured(taken, peak, taken)
+    estimate = _warm_up(run, seconds=min(WARM_UP_SECONDS, seconds / 5))
+    host = _launch_seconds(run)
+    pause = min(LONGEST_PAUSE_SECONDS, SHORTEST_PAUSE_SECONDS + 2 * host)
+    count = max(FEWEST, min(MOST, int(seconds / (estimate + pause))))
     cache = torch.empty(CACHE_BYTES, dtype=torch.int8, device=device)
-    estimate = _warm_up(run)
-    count = max(FEWEST, min(MOST, int(SECONDS / max(estimate, 1e-6))))
+    times = _device_seconds(run, count=count, flush=cache.zero_, cycles=int(pause * _cycles_per_second()))
+    return Measured(statistics.median(times), peak, host)
+
+
+def _device_seconds(run: Callable[[], object], *, count: int, flush: Callable[[], object], cycles: int) -> list[float]:
+    """Seconds of each of `count` runs, from the start of its first kernel to the end of its last one.
+
+    Before each the device writes over its cache and then waits `cycles`, in which the host launches all of the run:
+    the device goes from one kernel to the next without waiting for the host.
+    """
     marks = [(_event(), _event()) for _ in range(count)]
     for start, end in marks:
-        cache.zero_()
+        flush()
+        torch.cuda._sleep(cycles)  # type: ignore[no-untyped-call]
         start.record()
         run()
         end.record()
     torch.cuda.synchronize()
-    return Measured(statistics.median(start.elapsed_time(end) for start, end in marks) / 1e3, peak)
+    return [start.elapsed_time(end) / 1e3 for start, end in marks]
 
 
 def ceiling(device: torch.device) -> Ceiling:
@@ -84,14 +110,39 @@ def _peak_bytes(run: Callable[[], object], *, device: torch.device) -> int:
     return torch.cuda.max_memory_allocated() - before
 
 
-def _warm_up(run: Callable[[], object]) -> float:
+def _warm_up(run: Callable[[], object], *, seconds: float) -> float:
     """Seconds of a call, after the card has left its idle clock."""
     count, start = 0, time.perf_counter()
-    while time.perf_counter() - start < WARM_UP_SECONDS:
+    while count == 0 or time.perf_counter() - start < seconds:
         run()
         torch.cuda.synchronize()
         count += 1
     return (time.perf_counter() - start) / count
+
+
+def _launch_seconds(run: Callable[[], object]) -> float:
+    """Seconds until the host has launched a run, on a device that is idle."""
+    times = []
+    for _ in range(FEWEST):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - start)
+    torch.cuda.synchronize()
+    return statistics.median(times)
+
+
+@functools.cache
+def _cycles_per_second() -> float:
+    """Of the clock that `torch.cuda._sleep` counts, measured."""
+    start, end = _event(), _event()
+    for event in (start, end):
+        # The first one brings the card to its clock.
+        torch.cuda._sleep(CALIBRATION_CYCLES)  # type: ignore[no-untyped-call]
+        event.record()
+    torch.cuda.synchronize()
+    seconds: float = start.elapsed_time(end) / 1e3
+    return CALIBRATION_CYCLES / seconds
 
 
 def _host_seconds(run: Callable[[], object]) -> float:

@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from megaseq.kernels.bench.passes import both_passes, compare_passes, normal
 from megaseq.kernels.bench_case import BenchCase, Comparison, Timed, proof_dtype
-from megaseq.kernels.cross_entropy import CrossEntropy, linear_cross_entropy
+from megaseq.kernels.cross_entropy import CrossEntropy, VocabularyShare, linear_cross_entropy
 from megaseq.kernels.cross_entropy.chunked import chunked_cross_entropy
 from megaseq.kernels.cross_entropy.configs import configs
 from megaseq.kernels.cross_entropy.reference import reference_cross_entropy
@@ -28,6 +28,8 @@ class Shape:
     width: int
     label_smoothing: float = 0.0
     z_loss: float = 0.0
+    shared: bool = False
+    """By the kernels for a share of the vocabulary, which here is all of it."""
 
     @property
     def settings(self) -> CrossEntropy:
@@ -42,8 +44,10 @@ class Shape:
         labels = torch.arange(self.tokens, device=device) * 7919 % self.classes
         return [hidden, weight.requires_grad_(), labels, torch.ones(self.tokens, device=device)]
 
-    def small(self) -> Shape:
-        """Sizes for a proof."""
+    def small(self, *, on_gpu: bool = False) -> Shape:
+        """Sizes for a proof, for which a GPU needs the same compiled kernels as for the timed ones."""
+        if on_gpu:
+            return dataclasses.replace(self, tokens=512)
         return dataclasses.replace(self, tokens=37, classes=1500, width=64)
 
 
@@ -53,6 +57,7 @@ SHAPES = (
     Shape("t5_xl_16k_tokens", 16384, 32128, 2048, z_loss=1e-4),
     Shape("transformer_big_16k_tokens", 16384, 32768, 1024, label_smoothing=0.1),
     Shape("transformer_big_1k_tokens", 1024, 32768, 1024, label_smoothing=0.1),
+    Shape("t5_large_4k_tokens_share", 4096, 32128, 1024, label_smoothing=0.1, z_loss=1e-4, shared=True),
 )
 KERNELS = ("cross_entropy", "cross_entropy_part", "cross_entropy_gradient")
 
@@ -63,7 +68,7 @@ def bench_cases() -> list[BenchCase]:
         BenchCase(
             "cross_entropy",
             shape.name,
-            check=functools.partial(compare, shape.small()),
+            check=functools.partial(compare, shape),
             prepare=functools.partial(prepare, shape),
             candidates=dict.fromkeys(KERNELS, configs()),
         )
@@ -73,6 +78,7 @@ def bench_cases() -> list[BenchCase]:
 
 def compare(shape: Shape, device: torch.device) -> dict[str, Comparison]:
     """Loss and gradients beside the reference."""
+    shape = shape.small(on_gpu=device.type == "cuda")
     ours, theirs = functools.partial(_ours, shape), functools.partial(_reference, shape)
     return compare_passes(ours, reference=theirs, inputs=shape.inputs(device))
 
@@ -82,8 +88,8 @@ def prepare(shape: Shape, device: torch.device) -> Timed:
     shape = shape if device.type == "cuda" else shape.small()
     inputs = shape.inputs(device)
     peers = {
-        "plain": both_passes(functools.partial(_plain, shape), inputs=inputs),
-        "liger_style": both_passes(functools.partial(_liger_style, shape), inputs=inputs),
+        "plain": functools.partial(both_passes, functools.partial(_plain, shape), inputs=inputs),
+        "liger_style": functools.partial(both_passes, functools.partial(_liger_style, shape), inputs=inputs),
     }
     run = both_passes(functools.partial(_ours, shape), inputs=inputs)
     goals = {"plain": 1.0, "liger_style": 1.0}
@@ -94,7 +100,15 @@ def prepare(shape: Shape, device: torch.device) -> Timed:
 
 def _ours(shape: Shape, inputs: Sequence[Tensor]) -> Tensor:
     hidden, weight, labels, weights = inputs
-    return linear_cross_entropy(hidden, weight=weight, labels=labels, weights=weights, settings=shape.settings).loss
+    share = VocabularyShare(0, shape.classes, total=_alone, maximum=_alone) if shape.shared else None
+    return linear_cross_entropy(
+        hidden, weight=weight, labels=labels, weights=weights, settings=shape.settings, vocabulary=share
+    ).loss
+
+
+def _alone(tensor: Tensor) -> Tensor:
+    """The sum and the largest over one rank."""
+    return tensor
 
 
 def _reference(shape: Shape, inputs: Sequence[Tensor]) -> Tensor:

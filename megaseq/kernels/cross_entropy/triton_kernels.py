@@ -271,5 +271,5 @@ def launch_gradient(
 
 def _arguments(kernel: str, logits: Tensor) -> dict[str, int]:
     num_classes = logits.shape[1]
-    key = f"{logits.dtype},V={triton.next_power_of_2(num_classes)}"
+    key = f"{triton_runtime.kind_of(logits.dtype)},V={triton.next_power_of_2(num_classes)}"
     return triton_runtime.config(kernel, key=key, default=default(num_classes)).arguments()

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from megaseq.kernels.bench_case import BenchCase, Comparison, Timed, proof_dtype
+from megaseq.kernels.bench_case import BenchCase, Comparison, Timed, proof_dtype, ready
 from megaseq.kernels.decode_attention import KeyValueCache, decode_attention
 from megaseq.kernels.decode_attention.cases import TOLERANCE
 from megaseq.kernels.decode_attention.configs import configs
@@ -58,6 +57,10 @@ class Shape:
         bias = normal(self.num_heads, self.length).float() if self.biased else None
         return query, KeyValueCache(normal(*shape), normal(*shape), table), bias
 
+    def lengths(self, device: torch.device) -> Tensor:
+        """Keys of each source [B]."""
+        return torch.full((self.batch,), self.length, device=device)
+
     @property
     def moved(self) -> int:
         """Bytes of keys and values that a step must read; those of common ancestors count for each hypothesis."""
@@ -83,7 +86,7 @@ def bench_cases() -> list[BenchCase]:
         BenchCase(
             "decode_attention",
             shape.name,
-            check=functools.partial(compare, shape.small()),
+            check=functools.partial(compare, shape),
             prepare=functools.partial(prepare, shape),
             candidates={
                 "decode_attention": configs(rows=1 if shape.own else shape.num_hyps, width=shape.head_dim, itemsize=2)
@@ -94,12 +97,20 @@ def bench_cases() -> list[BenchCase]:
 
 
 def compare(shape: Shape, device: torch.device) -> dict[str, Comparison]:
-    """The output beside the reference in float64."""
+    """The output beside the reference in float64; on a GPU of full size, as tiles depend on the number of rows."""
+    shape = shape if device.type == "cuda" else shape.small()
     query, cache, bias = shape.tensors(device)
+    lengths = shape.lengths(device)
     exact = dataclasses.replace(cache, key=cache.key.double(), value=cache.value.double())
-    found = decode_attention(query, cache=cache, bias=bias)
+    found = decode_attention(query, cache=cache, lengths=lengths, bias=bias)
     expected = reference_decode_attention(
-        query.double(), cache=exact, lengths=None, bias=bias, scale=shape.head_dim**-0.5, soft_cap=None, window=None
+        query.double(),
+        cache=exact,
+        lengths=lengths,
+        bias=bias,
+        scale=shape.head_dim**-0.5,
+        soft_cap=None,
+        window=None,
     )
     return {"output": Comparison(found, expected, TOLERANCE[query.dtype])}
 
@@ -108,13 +119,11 @@ def prepare(shape: Shape, device: torch.device) -> Timed:
     """Tensors of full size; on the host of a small one."""
     shape = shape if device.type == "cuda" else shape.small()
     query, cache, bias = shape.tensors(device)
-    lengths = torch.full((shape.batch,), shape.length, device=device)
-    run = functools.partial(decode_attention, query, cache=cache, lengths=lengths, bias=bias)
-    peers: dict[str, Callable[[], object]] = {}
+    run = functools.partial(decode_attention, query, cache=cache, lengths=shape.lengths(device), bias=bias)
     if cache.table is None:
-        peers["sdpa"] = functools.partial(_fused, query, cache.key, cache.value)
+        peers = {"sdpa": ready(functools.partial(_fused, query, cache.key, cache.value))}
     else:
-        peers["sdpa_gathered"] = functools.partial(_gathered, query, cache, bias)
+        peers = {"sdpa_gathered": ready(functools.partial(_gathered, query, cache, bias))}
     return Timed(run, peers=peers, bytes=shape.moved, goals={name: 1.0 for name in peers})
 
 

@@ -19,6 +19,11 @@ def padded(width: int) -> int:
     return max(16, 1 << (width - 1).bit_length())
 
 
+def crowd(programs: int) -> str:
+    """How keys of the tables call a number of programs (before the keys are split): what fills a GPU, and how often."""
+    return "few" if programs <= 128 else "some" if programs <= 2048 else "many"
+
+
 def default(*, rows: int, width: int, itemsize: int) -> Config:
     """The tile for a call that no table knows.
 

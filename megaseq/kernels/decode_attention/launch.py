@@ -39,9 +39,11 @@ def triton_decode_attention(
     if output.numel() == 0 or cache.capacity == 0:
         return output.zero_()
     rows = group if cache.own else num_hyps * group
+    kinds = f"{triton_runtime.kind_of(query.dtype)},{triton_runtime.kind_of(cache.key.dtype)}"
+    crowd = configs.crowd(batch * (num_hyps if cache.own else 1) * num_heads)
     config = triton_runtime.config(
         "decode_attention",
-        key=f"{query.dtype},{cache.key.dtype},head={width},rows={min(configs.MAX_ROWS, rows)}".replace("torch.", ""),
+        key=f"{kinds},head={width},rows={min(configs.MAX_ROWS, rows)},{crowd}",
         default=configs.default(rows=rows, width=width, itemsize=query.element_size()),
     )
     tile = 1

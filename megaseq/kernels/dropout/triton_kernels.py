@@ -101,7 +101,7 @@ def launch(
     if count == 0:
         return
     width = count if runs is None else count // runs.numel()
-    found = triton_runtime.config("dropout", key=str(values.dtype), default=default(width))
+    found = triton_runtime.config("dropout", key=triton_runtime.kind_of(values.dtype), default=default(width))
     arguments = found.arguments()
     # Runs may be shorter than the block that suits long ones.
     arguments["BLOCK"] = min(arguments["BLOCK"], triton.next_power_of_2(width))

@@ -38,9 +38,9 @@ class Shape:
         rows = [normal(self.rows, self.width, device=device, dtype=dtype, seed=2 + s) for s in range(1 + self.summed)]
         return [*rows, *vectors]
 
-    def small(self) -> Shape:
-        """Sizes for a proof."""
-        return dataclasses.replace(self, rows=9)
+    def small(self, *, on_gpu: bool = False) -> Shape:
+        """Sizes for a proof, for which a GPU needs the same compiled kernels as for the timed ones."""
+        return dataclasses.replace(self, rows=2048 if on_gpu else 9)
 
     def arguments(self, inputs: Sequence[Tensor]) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
         """x, residual, weight, bias."""
@@ -64,7 +64,7 @@ def bench_cases() -> list[BenchCase]:
         BenchCase(
             "norm",
             shape.name,
-            check=functools.partial(compare, shape.small()),
+            check=functools.partial(compare, shape),
             prepare=functools.partial(prepare, shape),
             candidates={"norm": configs(shape.width), "norm_backward": configs(shape.width)},
         )
@@ -74,6 +74,7 @@ def bench_cases() -> list[BenchCase]:
 
 def compare(shape: Shape, device: torch.device) -> dict[str, Comparison]:
     """Outputs and gradients beside the reference."""
+    shape = shape.small(on_gpu=device.type == "cuda")
     ours, theirs = functools.partial(_ours, shape), functools.partial(_reference, shape)
     return compare_passes(ours, reference=theirs, inputs=shape.inputs(device))
 
@@ -82,9 +83,9 @@ def prepare(shape: Shape, device: torch.device) -> Timed:
     """Tensors of full size; on the host of a small one."""
     shape = shape if device.type == "cuda" else shape.small()
     inputs = shape.inputs(device)
-    peers = {"torch": both_passes(functools.partial(_torch, shape), inputs=inputs)}
+    peers = {"torch": functools.partial(both_passes, functools.partial(_torch, shape), inputs=inputs)}
     if not shape.summed and device.type == "cuda" and apex.missing() is None:
-        peers["apex"] = both_passes(functools.partial(_apex, shape), inputs=inputs)
+        peers["apex"] = functools.partial(both_passes, functools.partial(_apex, shape), inputs=inputs)
     # Forward x and y, with the sum the residual and the total too; backward the gradients of these, and x or total.
     tensors = 4 + 4 if shape.summed else 2 + 3
     moved = tensors * inputs[0].numel() * inputs[0].element_size()

@@ -13,7 +13,7 @@ from megaseq.kernels.norm.settings import NormKind
 from megaseq.kernels.quantize.formats import FORMATS, SMALLEST_SCALE
 from megaseq.kernels.quantize.op import unfused
 from megaseq.kernels.rows import rows_of
-from megaseq.kernels.triton_runtime import config
+from megaseq.kernels.triton_runtime import config, kind_of
 
 PROCESSORS_ON_HOST = 2
 """What stands for the number of multiprocessors where there is no GPU."""
@@ -152,7 +152,7 @@ def launch_backward(
 
 
 def _key(x: Tensor, *, kind: NormKind) -> str:
-    return f"{x.dtype},D={x.shape[-1]},{'layer' if kind.centred else 'rms'}"
+    return f"{kind_of(x.dtype)},D={x.shape[-1]},{'layer' if kind.centred else 'rms'}"
 
 
 def num_programs(tiles: int, *, device: torch.device) -> int:

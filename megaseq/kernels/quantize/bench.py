@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from megaseq.kernels.bench.passes import normal
-from megaseq.kernels.bench_case import BenchCase, Comparison, Timed, proof_dtype
-from megaseq.kernels.quantize import FormatName, quantize
-from megaseq.kernels.quantize.configs import configs
-from megaseq.kernels.quantize.reference import reference_quantize
+from megaseq.kernels.bench_case import BenchCase, Comparison, Timed, proof_dtype, ready
+from megaseq.kernels.quantize import FormatName, Quantized, dequantize, quantize
+from megaseq.kernels.quantize.configs import configs, dequantize_configs
+from megaseq.kernels.quantize.reference import reference_dequantize, reference_quantize
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,9 +31,15 @@ class Shape:
         dtype = proof_dtype(torch.bfloat16, device=device)
         return normal(self.rows, self.width, device=device, dtype=dtype, trained=False)
 
-    def small(self) -> Shape:
-        """Sizes for a proof."""
-        return dataclasses.replace(self, rows=9)
+    def quantized(self, device: torch.device) -> Quantized:
+        """The rows in 8 bits, by the reference."""
+        block = self.block or self.width
+        values, scales = reference_quantize(self.rows_on(device), form=self.form, block=block, power_of_two=False)
+        return Quantized(values, scales, block)
+
+    def small(self, *, on_gpu: bool = False) -> Shape:
+        """Sizes for a proof, for which a GPU needs the same compiled kernels as for the timed ones."""
+        return dataclasses.replace(self, rows=64 if on_gpu else 9)
 
 
 SHAPES = (
@@ -44,21 +51,31 @@ SHAPES = (
 
 
 def bench_cases() -> list[BenchCase]:
-    """All shapes."""
+    """All shapes, into 8 bits and some of them back."""
     return [
         BenchCase(
             "quantize",
             shape.name,
-            check=functools.partial(compare, shape.small()),
+            check=functools.partial(compare, shape),
             prepare=functools.partial(prepare, shape),
             candidates={"quantize": configs(shape.block or shape.width)},
         )
         for shape in SHAPES
+    ] + [
+        BenchCase(
+            "quantize",
+            f"{shape.name}_back",
+            check=functools.partial(compare_back, shape),
+            prepare=functools.partial(prepare_back, shape),
+            candidates={"dequantize": dequantize_configs()},
+        )
+        for shape in (SHAPES[0], SHAPES[3])
     ]
 
 
 def compare(shape: Shape, device: torch.device) -> dict[str, Comparison]:
     """Values and scales beside the reference: the same bits, where the type of the check has all of them."""
+    shape = shape.small(on_gpu=device.type == "cuda")
     x = shape.rows_on(device)
     found = quantize(x, form=shape.form, block=shape.block)
     values, scales = reference_quantize(x, form=shape.form, block=shape.block or shape.width, power_of_two=False)
@@ -75,8 +92,32 @@ def prepare(shape: Shape, device: torch.device) -> Timed:
     shape = shape if device.type == "cuda" else shape.small()
     x, block = shape.rows_on(device), shape.block or shape.width
     plain = functools.partial(reference_quantize, form=shape.form, block=block, power_of_two=False)
-    compiled = torch.compile(plain, dynamic=False) if device.type == "cuda" else plain
+
+    def compiled() -> Callable[[], object]:
+        return functools.partial(torch.compile(plain, dynamic=False) if device.type == "cuda" else plain, x)
+
     moved = x.numel() * (x.element_size() + 1) + 4 * x.numel() // block
     run = functools.partial(quantize, x, form=shape.form, block=shape.block)
-    peers = {"torch": functools.partial(plain, x), "torch_compiled": functools.partial(compiled, x)}
+    peers = {"torch": ready(functools.partial(plain, x)), "torch_compiled": compiled}
     return Timed(run, peers=peers, bytes=moved, goals={"ceiling": 0.85, "torch_compiled": 1.0})
+
+
+def compare_back(shape: Shape, device: torch.device) -> dict[str, Comparison]:
+    """Numbers beside the reference: the same bits."""
+    quantized = shape.small(on_gpu=device.type == "cuda").quantized(device)
+    values, scales, block = quantized
+    dtype = proof_dtype(torch.bfloat16, device=device)
+    found = dequantize(quantized, dtype=dtype)
+    expected = reference_dequantize(values, scales=scales, block=block, dtype=dtype)
+    return {"numbers": Comparison(found, expected, 0.0)}
+
+
+def prepare_back(shape: Shape, device: torch.device) -> Timed:
+    """Rows of full size; on the host a few."""
+    quantized = (shape if device.type == "cuda" else shape.small()).quantized(device)
+    values, scales, block = quantized
+    dtype = proof_dtype(torch.bfloat16, device=device)
+    plain = functools.partial(reference_dequantize, values, scales=scales, block=block, dtype=dtype)
+    moved = values.numel() * (1 + dtype.itemsize) + 4 * scales.numel()
+    run = functools.partial(dequantize, quantized, dtype=dtype)
+    return Timed(run, peers={"torch": ready(plain)}, bytes=moved, goals={"ceiling": 0.85})

@@ -18,7 +18,9 @@ def reference_quantize(x: Tensor, *, form: str, block: int, power_of_two: bool) 
     blocks = _blocks(x.float(), block=block)
     top = blocks.abs().amax(dim=-1)
     finite = torch.isfinite(top)
-    scales = (top / wanted.largest).clamp(min=SMALLEST_SCALE)
+    # A tensor on the same device: torch's CUDA kernels multiply by the reciprocal of a number, or of a tensor in host
+    # memory, which rounds twice.
+    scales = (top / torch.full((), wanted.largest, dtype=top.dtype, device=top.device)).clamp(min=SMALLEST_SCALE)
     if power_of_two:
         # Upwards, so that nothing saturates: a mantissa that is not zero carries into the exponent.
         scales = ((scales.view(torch.int32) + _MANTISSA) & _EXPONENT).view(torch.float32)

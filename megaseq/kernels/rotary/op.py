@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from megaseq.kernels.rotary.configs import default
-from megaseq.kernels.triton_runtime import config
+from megaseq.kernels.triton_runtime import config, kind_of
 
 
 def launch(x: Tensor, *, cosines: Tensor, sines: Tensor, interleaved: bool, inverse: bool, out: Tensor) -> None:
@@ -28,7 +28,7 @@ def launch(x: Tensor, *, cosines: Tensor, sines: Tensor, interleaved: bool, inve
     width = cosines.shape[-1]
     if not x.numel():
         return
-    arguments = config("rotary", key=f"{x.dtype},H={head_dim}", default=default()).arguments()
+    arguments = config("rotary", key=f"{kind_of(x.dtype)},H={head_dim}", default=default()).arguments()
     # Multi-query attention has a single key head.
     arguments["HEADS"] = min(arguments["HEADS"], _power_of_two(num_heads))
     rest = head_dim - width

@@ -10,7 +10,7 @@ import torch
 from torch.nn import functional
 
 from megaseq.kernels.activation.reference import FUNCTIONS
-from megaseq.kernels.bench_case import BenchCase, Comparison, Timed, proof_dtype
+from megaseq.kernels.bench_case import BenchCase, Comparison, Timed, proof_dtype, ready
 from megaseq.kernels.quantize import dequantize
 from megaseq.kernels.scaled_linear import scaled_linear
 from megaseq.kernels.scaled_linear.cases import TOLERANCE, LinearCase
@@ -63,13 +63,15 @@ def _candidates(shape: LinearCase) -> list[Config]:
     return [default(shape.rows, block=block)]
 
 
-def _small(shape: LinearCase) -> LinearCase:
-    """Sizes for a proof."""
+def _small(shape: LinearCase, *, on_gpu: bool = False) -> LinearCase:
+    """Sizes for a proof, for which a GPU needs the same compiled kernels as for the timed ones."""
+    if on_gpu:
+        return dataclasses.replace(shape, rows=min(shape.rows, 256))
     return dataclasses.replace(shape, rows=min(shape.rows, 40), width=256, columns=96)
 
 
 def _check(shape: LinearCase, device: torch.device) -> Mapping[str, Comparison]:
-    x, weight, bias = _small(shape).tensors(device=device)
+    x, weight, bias = _small(shape, on_gpu=device.type == "cuda").tensors(device=device)
     dtype = proof_dtype(torch.bfloat16, device=device)
     y = scaled_linear(x, weight=weight, bias=bias, activation=shape.activation, dtype=dtype)
     expected = reference_scaled_linear(x, weight=weight, bias=bias, activation=shape.activation, dtype=torch.float64)
@@ -82,17 +84,21 @@ def _prepare(shape: LinearCase, device: torch.device) -> Timed:
     x, weight, bias = shape.tensors(device=device)
     dtype = proof_dtype(torch.bfloat16, device=device)
     m, n, k = shape.rows, shape.columns, shape.width
-    rows, matrix = dequantize(x, dtype=dtype), dequantize(weight, dtype=dtype)
-    added = None if bias is None else bias.to(dtype)
-    finish = FUNCTIONS[shape.activation]
-    peers: dict[str, Callable[[], object]] = {"bf16": lambda: finish(functional.linear(rows, matrix, added))}
+
+    def plain() -> Callable[[], object]:
+        rows, matrix = dequantize(x, dtype=dtype), dequantize(weight, dtype=dtype)
+        added = None if bias is None else bias.to(dtype)
+        finish = FUNCTIONS[shape.activation]
+        return lambda: finish(functional.linear(rows, matrix, added))
+
+    peers = {"bf16": plain}
     if x.scales.shape[1] == weight.scales.shape[1] == 1:
         if shape.form == "int8":
-            peers["int_mm"] = lambda: int_mm_linear(
-                x, weight=weight, bias=bias, activation=shape.activation, dtype=dtype
+            peers["int_mm"] = ready(
+                lambda: int_mm_linear(x, weight=weight, bias=bias, activation=shape.activation, dtype=dtype)
             )
         elif device.type == "cuda" or SCALES_ROWS_IN_HOST_MEMORY:
-            peers["scaled_mm"] = lambda: scaled_mm_linear(x, weight=weight, bias=None, dtype=dtype)
+            peers["scaled_mm"] = ready(lambda: scaled_mm_linear(x, weight=weight, bias=None, dtype=dtype))
     return Timed(
         run=lambda: scaled_linear(x, weight=weight, bias=bias, activation=shape.activation, dtype=dtype),
         peers=peers,

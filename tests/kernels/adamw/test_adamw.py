@@ -108,9 +108,10 @@ def test_the_kernel_has_the_references_bits(case: AdamWCase, device: torch.devic
     use("triton")
     found = run(case, device=device)
     use("reference")
-    expected = run(case, device=device)
+    # In host memory, whose rounding the reference defines: torch's CUDA kernels associate and fuse otherwise.
+    expected = run(case, device=CPU)
     for one, other in zip(found, expected, strict=True):
-        assert torch.equal(one, other), case.name
+        assert torch.equal(one.cpu(), other), case.name
 
 
 @pytest.mark.parametrize("implementation", ["triton", "reference"])
@@ -143,11 +144,12 @@ def test_not_finite_gradients_behind_a_skip_are_not_read_into_anything(device: t
 def test_every_tile_gives_the_same(device: torch.device, use: Use) -> None:
     case = next(case for case in CASES if case.name == "segments")
     use("reference")
-    expected = run(case, device=device)
+    expected = run(case, device=CPU)
     use("triton")
     for tile in configs():
         with triton_runtime.override(adamw=tile):
-            assert all(torch.equal(*pair) for pair in zip(run(case, device=device), expected, strict=True))
+            found = [tensor.cpu() for tensor in run(case, device=device)]
+            assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
 
 
 @pytest.mark.slow

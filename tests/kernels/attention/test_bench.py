@@ -38,7 +38,8 @@ def outputs(shape: Shape, monkeypatch: pytest.MonkeyPatch) -> tuple[Tensor, dict
     monkeypatch.setenv("MEGASEQ_KERNELS", "reference")
     timed = bench.prepare(shape, HOST)
     assert timed.flops > 0 and timed.goals.keys() == timed.peers.keys()
-    return timed.run().transpose(1, 2), dict(timed.peers)  # type: ignore[attr-defined]
+    made = {name: make() for name, make in timed.peers.items() if name != "segments_apart"}
+    return timed.run().transpose(1, 2), made  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("shape", SMALL, ids=lambda shape: shape.name)
@@ -62,7 +63,7 @@ def test_every_shape_trains_on_the_host(monkeypatch: pytest.MonkeyPatch) -> None
     timed = bench.prepare(SMALL[0], HOST)
     gradients = timed.run()
     assert len(gradients) == 4  # type: ignore[arg-type]
-    assert len(timed.peers["sdpa_with_bias"]()) == 4  # type: ignore[arg-type]
+    assert len(timed.peers["sdpa_with_bias"]()()) == 4  # type: ignore[arg-type]
 
 
 def test_names_are_unique() -> None:

@@ -1,15 +1,12 @@
-"""Results: kept as JSON and read again, tables, shares of the ceiling."""
+"""Results: tables, shares of the ceiling."""
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
-import torch
 
 from megaseq.kernels.bench import results
 from megaseq.kernels.bench.results import Machine
-from megaseq.kernels.bench.timing import Ceiling, Measured, ceiling, measure
+from megaseq.kernels.bench.timing import Ceiling, Measured
 from megaseq.kernels.bench_case import Timed
 
 BEST = Ceiling(bytes_per_second=4e12, flops_per_second=8e14)
@@ -18,7 +15,7 @@ MACHINE = Machine("NVIDIA H200", 90, {"torch": "2.11", "triton": "3.6"}, "2026-0
 
 def one(timed: Timed, *, seconds: float, peers: dict[str, Measured | str] | None = None) -> results.Result:
     return results.result(
-        op="norm", case="large", timed=timed, own=Measured(seconds, 3 << 20), peers=peers or {}, best=BEST
+        op="norm", case="large", timed=timed, own=Measured(seconds, 3 << 20, 2e-4), peers=peers or {}, best=BEST
     )
 
 
@@ -32,30 +29,12 @@ def test_the_bound_that_is_nearer_counts(flops: float, bytes_: float, share: flo
     assert found.rate == rate
 
 
-def test_what_is_written_is_read(tmp_path: Path) -> None:
-    peers = {"plain": Measured(3e-3, 5 << 20), "flex": "RuntimeError: no"}
-    found = [one(Timed(lambda: None, bytes=1e9, goals={"plain": 1.5}), seconds=1e-3, peers=peers)]
-    path = tmp_path / "run.json"
-    path.write_text(results.to_json(MACHINE, results=found, hashes={"norm": "abc"}))
-    assert results.read(path) == (MACHINE, found, {"norm": "abc"})
-
-
 def test_the_table() -> None:
     peers = {"plain": Measured(3e-3, 5 << 20), "flex": "RuntimeError: no"}
     found = one(Timed(lambda: None, bytes=1e9, goals={"plain": 4, "ceiling": 0.2}), seconds=1e-3, peers=peers)
     text = results.to_markdown(MACHINE, results=[found])
     assert "NVIDIA H200 (sm_90), torch 2.11, triton 3.6, 2026-01-02." in text
     assert "4000 GB/s copied, 800 TFLOP/s in bf16" in text
-    last = text.splitlines()[-1]
-    assert (
-        last == "| norm | large | 1 ms | 3 MiB | 1e+03 GB/s | 25% | plain 3.00 (5 MiB), flex: did not run | plain 4 |"
-    )
-
-
-def test_times_on_the_host() -> None:
-    host = torch.device("cpu")
-    calls: list[int] = []
-    found = measure(lambda: calls.append(1), device=host)
-    assert 0 <= found.seconds < 1 and len(calls) > 2
-    best = ceiling(host)
-    assert best.bytes_per_second > 0 and best.flops_per_second > 0
+    cells = [cell.strip() for cell in text.splitlines()[-1].strip("|").split("|")]
+    assert cells[:7] == ["norm", "large", "1 ms", "0.2 ms", "3 MiB", "1e+03 GB/s", "25%"]
+    assert cells[7:] == ["plain 3.00 (5 MiB), flex: did not run", "plain 4"]

@@ -8,12 +8,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from megaseq.kernels import dispatch
 from megaseq.kernels.checks import KernelError
 from megaseq.kernels.quantize import FormatName, Quantized, dequantize, fake_quantize, quantize
 from megaseq.kernels.quantize.e4m3 import decode_e4m3
 from megaseq.kernels.quantize.formats import FORMATS
+from megaseq.kernels.quantize.reference import reference_quantize
 
 FORMS = tuple(FORMATS)
 forms = st.sampled_from(FORMS)
@@ -195,3 +197,19 @@ def test_the_reference_compiles_and_exports() -> None:
             return back(x)
 
     assert torch.equal(torch.export.export(Module(), (x,)).module()(x), back(x))
+
+
+def test_no_number_of_the_host_divides() -> None:
+    """torch's CUDA kernels would multiply by its reciprocal, and scales would differ from the definition in a bit."""
+    divisors: list[object] = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            if func.overloadpacket is torch.ops.aten.div:
+                divisors.append(args[1])
+            return func(*args, **(kwargs or {}))
+
+    with Watch():
+        reference_quantize(torch.empty(3, 8, device="meta"), form="int8", block=4, power_of_two=False)
+    assert divisors
+    assert all(isinstance(divisor, torch.Tensor) and divisor.device.type == "meta" for divisor in divisors)
