@@ -34,6 +34,8 @@ class OpRecord:
     """By case: what was wrong when it last ran."""
     fatal: list[str] = dataclasses.field(default_factory=list)
     """Names of the wrong cases behind which nothing else could run; they are not tried again."""
+    begun: dict[str, int] = dataclasses.field(default_factory=dict)
+    """By case: how often a step with it was begun whose end was not seen, as its process was ended or crashed."""
     tuned: Table = dataclasses.field(default_factory=dict)
     results: dict[str, Result] = dataclasses.field(default_factory=dict)
     """By case."""

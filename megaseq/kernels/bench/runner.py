@@ -25,6 +25,8 @@ logger = logging.getLogger(__name__)
 
 COMPILED_AT_ONCE = 24
 """Cases whose kernels are compiled together before the first of them is proven."""
+MOST_BEGUN = 2
+"""After so many steps with a case that did not come to an end, no other is begun: a compiler may crash."""
 Step = Callable[[], None]
 Written = Callable[[Mapping[str, Mapping[str, Config]]], object]
 """What is done with new tile sizes: by kernel and key."""
@@ -70,8 +72,13 @@ class Runner:
 
     def wrong(self, ops: Iterable[str]) -> list[str]:
         """What was wrong with these ops, a sentence each."""
-        found = [self._of(op).wrong for op in ops]
-        return [sentence for wrong in found for sentences in wrong.values() for sentence in sentences]
+        found: list[str] = []
+        for op in ops:
+            known = self._of(op)
+            found += [sentence for sentences in known.wrong.values() for sentence in sentences]
+            left_out = [name for name, count in known.begun.items() if count >= MOST_BEGUN and name not in known.wrong]
+            found += [f"{op}: {name} has not come to an end {known.begun[name]} times" for name in left_out]
+        return found
 
     def _of(self, op: str) -> OpRecord:
         return self.record.of(op, source=self.sources[op])
@@ -88,14 +95,16 @@ class Runner:
         for op, listed in cases.items():
             known = self._of(op)
             # What failed before is tried again, but behind the others.
-            pending = [case for case in listed if case.name not in {*known.proven, *known.fatal}]
+            done = {*known.proven, *_left_out(known)}
+            pending = [case for case in listed if case.name not in done]
             pending.sort(key=lambda case: case.name in known.wrong)
             for start in range(0, len(pending), COMPILED_AT_ONCE):
                 group = pending[start : start + COMPILED_AT_ONCE]
                 yield functools.partial(self._compile, group)
                 yield from (functools.partial(self._prove, case) for case in group)
         for op, listed in cases.items() if timed else ():
-            full = [case for case in listed if case.prepare is not None and case.name not in self._of(op).fatal]
+            left_out = _left_out(self._of(op))
+            full = [case for case in listed if case.prepare is not None and case.name not in left_out]
             if tune:
                 yield from (functools.partial(self._tune, case) for case in full if case.candidates)
             # Chosen tile sizes void what was timed with others: each is passed over, if at all, when its turn comes.
@@ -103,8 +112,10 @@ class Runner:
 
     def _compile(self, cases: Sequence[BenchCase]) -> None:
         """Compiles what the checks launch, in parallel. What goes wrong here is found again by the proof."""
-        if self.device.type != "cuda":
+        known, name = self._of(cases[0].op), f"compiling {cases[0].name}"
+        if self.device.type != "cuda" or name in known.begun:
             return
+        self._begin(known, name=name)
         launches: list[Launch] = []
         for case in cases:
             try:
@@ -115,6 +126,8 @@ class Runner:
                 logger.debug("%s %s: %s", case.op, case.name, error)
         start = time.monotonic()
         count = compile_all(launches)
+        del known.begun[name]
+        self.record.save()
         logger.info("%s: %d kernels compiled in %.0f s", cases[0].op, count, time.monotonic() - start)
 
     def _prove(self, case: BenchCase) -> None:
@@ -157,11 +170,13 @@ class Runner:
             DeviceLost: if none can.
         """
         known, lost = self._of(case.op), None
+        self._begin(known, name=case.name)
         try:
             wrong = step()
         except Exception as error:  # A kernel fails in any way.
             wrong = [_failure(case, error)]
             lost = self._lost()
+        del known.begun[case.name]
         known.wrong.pop(case.name, None)
         if wrong:
             known.wrong[case.name] = wrong
@@ -173,6 +188,11 @@ class Runner:
         self.record.save()
         if lost:
             raise DeviceLost(f"{case.op}: {case.name} has brought the device down: {lost}")
+
+    def _begin(self, known: OpRecord, *, name: str) -> None:
+        """Keeps that a step has begun, for the case that this process does not see its end."""
+        known.begun[name] = known.begun.get(name, 0) + 1
+        self.record.save()
 
     def _lost(self) -> str | None:
         """What the device says where nothing runs on it any more."""
@@ -218,6 +238,11 @@ def time_case(case: BenchCase, *, device: torch.device, best: Ceiling) -> Result
     found = result(op=case.op, case=case.name, timed=timed, own=own, peers=peers, best=best)
     logger.info("%s %s: %.3g ms", case.op, case.name, own.seconds * 1e3)
     return found
+
+
+def _left_out(known: OpRecord) -> set[str]:
+    """Names of cases that no step is begun with any more."""
+    return {*known.fatal, *(name for name, count in known.begun.items() if count >= MOST_BEGUN)}
 
 
 def _proven(case: BenchCase, *, device: torch.device, known: OpRecord) -> list[str]:

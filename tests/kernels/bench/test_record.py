@@ -28,6 +28,7 @@ def known(source: str = "abc") -> OpRecord:
         kernels=["norm_kernel"],
         wrong={"small": ["off"]},
         fatal=["small"],
+        begun={"huge": 1},
         tuned={"norm": {"half": Config({"ROWS": 4}, 8, 1)}},
         results={"large": RESULT},
     )

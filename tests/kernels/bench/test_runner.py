@@ -137,6 +137,26 @@ def test_a_case_that_brings_the_device_down_is_not_tried_again(
     assert timed == ["a", "c"] and run.wrong(cases) == ["dropout: b fails with RuntimeError: out of shared memory"]
 
 
+class Crash(BaseException):
+    """The end of a process."""
+
+
+def test_a_case_that_crashes_twice_is_left_out(timed: list[str], tmp_path: Path) -> None:
+    path, tries = tmp_path / "run.json", []
+
+    def crash(device: torch.device) -> Mapping[str, Comparison]:
+        tries.append(1)
+        raise Crash
+
+    cases = {"dropout": [case("a", check=crash), case("b")]}
+    for _ in range(2):
+        with pytest.raises(Crash):
+            new_runner(path).run(cases)
+    run = new_runner(path)
+    assert run.run(cases) == 0 and len(tries) == 2
+    assert timed == ["b"] and run.wrong(cases) == ["dropout: a has not come to an end 2 times"]
+
+
 def test_new_tile_sizes_void_what_was_timed_with_others(
     timed: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
