@@ -13,11 +13,12 @@ import dataclasses
 import functools
 import importlib
 import importlib.util
+import inspect
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -28,8 +29,16 @@ if TYPE_CHECKING:
     triton: Any
     tl: Any
 
+P = ParamSpec("P")
+R = TypeVar("R")
+
 TABLES = Path(__file__).parent / "tuned"
 """Tile sizes by kernel, one file for each architecture: `sm_90.json`. Written by `megaseq bench kernels --tune`."""
+
+
+# The dictionary behind os.environ: a look-up takes a tenth of the time of one through os.environ.
+_ENVIRONMENT: Any = getattr(os.environ, "_data", os.environ)
+_INTERPRET: Any = os.environ.encodekey("TRITON_INTERPRET") if hasattr(os.environ, "_data") else "TRITON_INTERPRET"
 
 
 def __getattr__(name: str) -> Any:
@@ -52,7 +61,7 @@ def installed() -> bool:
 
 def interpreted() -> bool:
     """Whether kernels defined now run on the host."""
-    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+    return _ENVIRONMENT.get(_INTERPRET) in ("1", b"1")
 
 
 def unable(tensor: Tensor) -> str | None:
@@ -70,7 +79,39 @@ def architecture() -> int:
     """Compute capability that kernels are compiled for, as in sm_90; 0 for the interpreter."""
     if interpreted():
         return 0
-    return int(_module("triton.runtime.driver").driver.active.get_current_target().arch)
+    active = _driver().active
+    return _capability(active, active.get_current_device())
+
+
+def shared_memory() -> int:
+    """Bytes of shared memory that a block may have on the current GPU; without end for the interpreter."""
+    if interpreted():
+        return 1 << 62
+    active = _driver().active
+    return _shared_memory(active, active.get_current_device())
+
+
+def on_its_device(launcher: Callable[P, R]) -> Callable[P, R]:
+    """Makes the device of a launcher's first argument the current one while it runs, as Triton launches there.
+
+    Every function that launches a kernel is wrapped in this. What it asks of the GPU, such as `architecture`, is then
+    also asked of the right one.
+
+    Args:
+        launcher: its first argument has a `device`.
+    """
+    first = next(iter(inspect.signature(launcher).parameters))
+
+    @functools.wraps(launcher)
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        placed: Any = args[0] if args else kwargs[first]
+        device: torch.device = placed.device
+        if device.type != "cuda" or device.index == torch.cuda.current_device():
+            return launcher(*args, **kwargs)
+        with torch.cuda.device(device):
+            return launcher(*args, **kwargs)
+
+    return run
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,9 +125,16 @@ class Config:
     num_stages: int = 2
     """Depth of the software pipeline."""
 
-    def arguments(self) -> dict[str, int]:
-        """The keyword arguments of the launch; the interpreter takes no launch options."""
-        options = {} if interpreted() else {"num_warps": self.num_warps, "num_stages": self.num_stages}
+    def arguments(self, *, fused: bool = True) -> dict[str, int]:
+        """The keyword arguments of the launch; the interpreter takes no launch options.
+
+        Args:
+            fused: whether the compiler may round a product and the sum that it goes into once. It is always said, as
+                versions of Triton differ in what they do where nothing is.
+        """
+        if interpreted():
+            return dict(self.blocks)
+        options = {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": fused}
         return {**self.blocks, **options}
 
 
@@ -168,6 +216,20 @@ def forget_tables() -> None:
     _learned.clear()
 
 
-def _module(name: str) -> Any:
+@functools.cache
+def _driver() -> Any:
+    """Triton's way to the GPU; its `active` may be exchanged."""
     optional("triton", needed_for="Triton kernels")
-    return importlib.import_module(name)
+    return importlib.import_module("triton.runtime.driver").driver
+
+
+@functools.cache
+def _capability(active: Any, device: int) -> int:
+    """Of a device; Triton, asked for the target, asks torch for much more."""
+    del device  # The current one.
+    return int(active.get_current_target().arch)
+
+
+@functools.cache
+def _shared_memory(active: Any, device: int) -> int:
+    return int(active.utils.get_device_properties(device)["max_shared_mem"])

@@ -63,4 +63,4 @@ def test_the_interpreter_takes_no_launch_options(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert found.arguments() == {"BLOCK_M": 16}
     monkeypatch.setenv("TRITON_INTERPRET", "0")
-    assert found.arguments() == {"BLOCK_M": 16, "num_warps": 8, "num_stages": 2}
+    assert found.arguments() == {"BLOCK_M": 16, "num_warps": 8, "num_stages": 2, "enable_fp_fusion": True}

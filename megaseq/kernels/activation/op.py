@@ -10,9 +10,10 @@ from torch import Tensor
 from megaseq.kernels.activation.configs import default
 from megaseq.kernels.activation.reference import SAME
 from megaseq.kernels.rows import rows_of
-from megaseq.kernels.triton_runtime import config, kind_of
+from megaseq.kernels.triton_runtime import config, kind_of, on_its_device
 
 
+@on_its_device
 def launch_forward(hidden: Tensor, *, name: str, gated: bool, out: Tensor) -> None:
     """Runs the kernel.
 
@@ -34,6 +35,7 @@ def launch_forward(hidden: Tensor, *, name: str, gated: bool, out: Tensor) -> No
     )
 
 
+@on_its_device
 def launch_backward(gradient: Tensor, *, hidden: Tensor, name: str, gated: bool, out: Tensor) -> None:
     """Runs the kernel.
 

@@ -8,9 +8,10 @@ from torch import Tensor
 from megaseq.kernels.adamw.configs import configs
 from megaseq.kernels.adamw.reference import corrections, kept_factors
 from megaseq.kernels.adamw.settings import AdamWSettings, Segments
-from megaseq.kernels.triton_runtime import config, interpreted, kind_of
+from megaseq.kernels.triton_runtime import config, kind_of, on_its_device
 
 
+@on_its_device
 def launch(
     parameters: Tensor,
     *,
@@ -56,8 +57,8 @@ def launch(
         HAS_DIVISOR=divisor is not None,
         HAS_SKIP=skip is not None,
         SEGMENTED=segments is not None,
-        **tile.arguments(),
-        **({} if interpreted() else {"enable_fp_fusion": False}),
+        # Results are the reference's only if each product is rounded.
+        **tile.arguments(fused=False),
     )
 
 

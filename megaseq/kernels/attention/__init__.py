@@ -15,7 +15,7 @@ from megaseq.kernels.attention.reference import reference_attention, reference_l
 from megaseq.kernels.attention.relative_bias import RelativeBias
 from megaseq.kernels.attention.sdpa import sdpa_attention
 from megaseq.kernels.attention.segments import SegmentPlan, segment_attention
-from megaseq.kernels.checks import check_floating, check_like, check_shape, fail
+from megaseq.kernels.checks import check_device, check_floating, check_like, check_shape, fail
 from megaseq.kernels.dispatch import choose, requested
 from megaseq.kernels.dropout import DropoutMask
 
@@ -61,7 +61,7 @@ def attention(
         KernelError: for shapes, dtypes or devices that do not fit, or if `MEGASEQ_KERNELS` asks for an implementation
             that cannot run this call.
     """
-    _check(query, key=key, value=value, mask=mask, bias=bias, soft_cap=soft_cap)
+    _check(query, key=key, value=value, mask=mask, bias=bias, soft_cap=soft_cap, dropout=dropout)
     batch, query_length, _, head_dim = query.shape
     key_length = key.shape[1]
     scale = head_dim**-0.5 if scale is None else scale
@@ -158,7 +158,7 @@ def attention_with_log_sum(
     Raises:
         KernelError: as `attention`.
     """
-    _check(query, key=key, value=value, mask=mask, bias=bias, soft_cap=soft_cap)
+    _check(query, key=key, value=value, mask=mask, bias=bias, soft_cap=soft_cap, dropout=dropout)
     scale = query.shape[3] ** -0.5 if scale is None else scale
     if dropout is not None and dropout.rate == 0.0:
         dropout = None
@@ -263,6 +263,7 @@ def _check(
     mask: AttentionMask | None,
     bias: Tensor | RelativeBias | None,
     soft_cap: float | None,
+    dropout: DropoutMask | None,
 ) -> None:
     """Checks everything that `attention` takes.
 
@@ -296,7 +297,10 @@ def _check(
             shape=((1, batch), (1, num_heads), (1, query_length), key_length),
             legend="[1|B, N, T, S]",
         )
+        check_device(bias, op=op, argument="bias", other=query, other_name="query")
     if mask is not None:
-        mask.check(batch=batch, query_length=query_length, key_length=key_length)
+        mask.check(query=query, key_length=key_length)
+    if dropout is not None and isinstance(dropout.offset, Tensor):
+        check_device(dropout.offset, op=op, argument="dropout.offset", other=query, other_name="query")
     if soft_cap is not None and soft_cap <= 0:
         raise fail("soft_cap", op=op, expected="be above 0", came=soft_cap, remedy="Use None for no cap")

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from megaseq.kernels.attention.ranges import SegmentRanges, segment_ranges
 from megaseq.kernels.attention.segments import SegmentPlan, plan_segments
-from megaseq.kernels.checks import check_shape, fail
+from megaseq.kernels.checks import check_device, check_shape, fail
 
 Shortcut = Literal["full", "causal"]
 
@@ -80,12 +80,13 @@ class AttentionMask:
         self._ranges: dict[tuple[int, int], SegmentRanges] = {}
         self._plan: object = _UNSET
 
-    def check(self, *, batch: int, query_length: int, key_length: int) -> None:
-        """Checks that the mask belongs to a query [batch, query_length, ...] and a key [batch, key_length, ...].
+    def check(self, *, query: Tensor, key_length: int) -> None:
+        """Checks that the mask belongs to a query [B, T, ...] and a key [B, key_length, ...].
 
         Raises:
-            KernelError: if a tensor of the mask has another shape.
+            KernelError: if a tensor of the mask has another shape or is on another device than the query.
         """
+        batch, query_length = query.shape[:2]
         wanted = (
             ("mask.query_segment_ids", self.query_segment_ids, (batch,), query_length),
             ("mask.key_segment_ids", self.key_segment_ids, (batch,), key_length),
@@ -93,8 +94,11 @@ class AttentionMask:
             ("mask.key_positions", self.key_positions, (1, batch), key_length),
         )
         for name, tensor, rows, length in wanted:
-            if tensor is not None and not (tensor.shape[1] == length and tensor.shape[0] in rows):
+            if tensor is None:
+                continue
+            if not (tensor.shape[1] == length and tensor.shape[0] in rows):
                 check_shape(tensor, op="attention", argument=name, shape=(rows, length), legend="[B, length]")
+            check_device(tensor, op="attention", argument=name, other=query, other_name="query")
 
     def allowed(self, *, query_length: int, key_length: int, device: torch.device) -> Tensor:
         """True where a query sees a key: bool [B or 1, 1, T, S]."""

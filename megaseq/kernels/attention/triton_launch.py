@@ -53,6 +53,11 @@ class Call:
     dropout_offset: int
 
     @property
+    def device(self) -> torch.device:
+        """Where the tensors are."""
+        return self.query.device
+
+    @property
     def sizes(self) -> tuple[int, int, int, int]:
         """(B, T, S, N)."""
         batch, queries, heads, _ = self.query.shape
@@ -116,6 +121,7 @@ def strides_of(tensor: Tensor, *, name: str, axes: str) -> dict[str, int]:
     return {f"{name}_s{axis}": tensor.stride(dim) for dim, axis in enumerate(axes)}
 
 
+@triton_runtime.on_its_device
 def launch_forward(call: Call) -> tuple[Tensor, Tensor]:
     """Returns the output [B, T, N, H] and the log-sum-exp, float32 [B, N, T]."""
     batch, queries, keys, heads = call.sizes
@@ -134,6 +140,7 @@ def launch_forward(call: Call) -> tuple[Tensor, Tensor]:
     return output, log_sum
 
 
+@triton_runtime.on_its_device
 def launch_backward(
     call: Call, *, output: Tensor, log_sum: Tensor, of_output: Tensor, of_log_sum: Tensor | None, trained: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:

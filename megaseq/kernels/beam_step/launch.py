@@ -18,6 +18,7 @@ BITS_BELOW = {torch.float32: 0, torch.bfloat16: 16, torch.float16: 13}
 """Bits of fp32 that a dtype does not have."""
 
 
+@triton_runtime.on_its_device
 def triton_beam_step(
     logits: Tensor,
     *,

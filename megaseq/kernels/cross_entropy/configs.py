@@ -9,7 +9,7 @@ import torch
 from megaseq.kernels.triton_runtime import Config
 
 BUDGET = 512 << 20
-"""Bytes of one chunk's logits where the size of the device's memory is not known or must not matter."""
+"""Bytes of one chunk's logits, and the most that they are on any card: a larger chunk would be no faster."""
 WIDTHS = 2
 """Tokens of a chunk, at least, in widths D of the hidden state."""
 TILE = 128
@@ -58,7 +58,7 @@ def tokens_of_chunk(*, count: int, num_classes: int, width: int, item_size: int,
 
 @functools.cache
 def memory_budget(device: torch.device) -> int:
-    """`BUDGET`, or a 64th of the memory of a GPU."""
+    """`BUDGET`, or a 64th of the memory of a small GPU."""
     if device.type != "cuda" or not torch.cuda.is_available():
         return BUDGET
-    return max(BUDGET // 4, torch.cuda.get_device_properties(device).total_memory // 64)
+    return min(BUDGET, max(BUDGET // 4, torch.cuda.get_device_properties(device).total_memory // 64))

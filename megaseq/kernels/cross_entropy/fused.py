@@ -17,9 +17,12 @@ from megaseq.kernels.cross_entropy.configs import BUDGET, memory_budget, tokens_
 from megaseq.kernels.cross_entropy.settings import CrossEntropy, LossSums, VocabularyShare
 from megaseq.kernels.functions import apply_many
 
-WORTH_WAITING = 1 << 35
+WORTH_WAITING = 1 << 38
 """Tokens times width times classes from which on tokens of weight 0 are left out. The host must then wait for the
-device to say how many remain, some 30 microseconds; a tenth of the products of this size takes as long."""
+device to say how many remain. That costs more than the 30 microseconds of the answer: all that the host had launched
+ahead is used up, and until it is ahead again the device waits for each launch, some hundred microseconds in all. Three
+products of this size take about 3 milliseconds at 500 TFLOP/s, and packed rows have a few hundredths of padding, which
+is as much."""
 
 ROW_MULTIPLE = 16
 """Of the distance of two rows of logits: an odd vocabulary would make all kernels read number by number."""

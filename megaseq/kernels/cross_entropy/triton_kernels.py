@@ -176,6 +176,7 @@ def cross_entropy_gradient_kernel(
     _replace(ROW, num_classes, label, weight, lse, smoothing, share, z_loss, soft_cap, HAS_CAP, BLOCK)
 
 
+@triton_runtime.on_its_device
 def launch_whole(
     logits: Tensor, *, labels: Tensor, weights: Tensor, parts: Tensor, settings: CrossEntropy, graded: bool
 ) -> None:
@@ -210,6 +211,7 @@ def launch_whole(
     )
 
 
+@triton_runtime.on_its_device
 def launch_part(logits: Tensor, *, labels: Tensor, parts: Tensor, first: int, settings: CrossEntropy) -> None:
     """Writes what is known of each row from the classes `first` and following.
 
@@ -237,6 +239,7 @@ def launch_part(logits: Tensor, *, labels: Tensor, parts: Tensor, first: int, se
     )
 
 
+@triton_runtime.on_its_device
 def launch_gradient(
     logits: Tensor, *, labels: Tensor, weights: Tensor, lse: Tensor, first: int, share: float, settings: CrossEntropy
 ) -> None:

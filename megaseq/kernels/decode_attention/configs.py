@@ -10,8 +10,8 @@ MAX_ROWS = 64
 """Rows of a tile; more queries of one head make several tiles, which read its keys again."""
 MAX_WIDTH = 256
 """Widest head."""
-SHARE_ROWS = 16
-"""Shares that are added at once."""
+ADDING = Config({"BLOCK_S": 16}, num_warps=4, num_stages=3)
+"""How many shares are added at once."""
 
 
 def padded(width: int) -> int:

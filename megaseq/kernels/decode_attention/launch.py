@@ -20,6 +20,7 @@ NATIVE_E4M3 = 89
 """The first architecture that converts e4m3."""
 
 
+@triton_runtime.on_its_device
 def triton_decode_attention(
     query: Tensor,
     *,
@@ -79,7 +80,7 @@ def triton_decode_attention(
         count = output.numel() // width
         add_shares[(count,)](
             parts, log_sums, output, shares, count, width,
-            BLOCK_S=configs.SHARE_ROWS, WIDTH=configs.padded(width),
+            WIDTH=configs.padded(width), **configs.ADDING.arguments(),
         )  # fmt: skip
     return output
 

@@ -74,6 +74,7 @@ def dropout_kernel(
     tl.store(OUT + place, dropped, mask=inside)
 
 
+@triton_runtime.on_its_device
 def launch(
     values: Tensor,
     *,
@@ -102,12 +103,11 @@ def launch(
         return
     width = count if runs is None else count // runs.numel()
     found = triton_runtime.config("dropout", key=triton_runtime.kind_of(values.dtype), default=default(width))
-    arguments = found.arguments()
+    # Fused, the product and the sum would be rounded once, and the bits would not be the reference's.
+    arguments = found.arguments(fused=False)
     # Runs may be shorter than the block that suits long ones.
     arguments["BLOCK"] = min(arguments["BLOCK"], triton.next_power_of_2(width))
     blocks = triton.cdiv(width, arguments["BLOCK"])
-    # Fused, the product and the sum would be rounded once, and the bits would not be the reference's.
-    options = {} if triton_runtime.interpreted() else {"enable_fp_fusion": False}
     dropout_kernel[(blocks * (count // width),)](
         values,
         values if residual is None else residual,
@@ -123,7 +123,6 @@ def launch(
         HAS_RESIDUAL=residual is not None,
         HAS_RUNS=runs is not None,
         **arguments,
-        **options,
     )
 
 

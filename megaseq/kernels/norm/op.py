@@ -11,9 +11,8 @@ from torch import Tensor
 from megaseq.kernels.norm.configs import columns_of, default
 from megaseq.kernels.norm.settings import NormKind
 from megaseq.kernels.quantize.formats import FORMATS, SMALLEST_SCALE
-from megaseq.kernels.quantize.op import unfused
 from megaseq.kernels.rows import rows_of
-from megaseq.kernels.triton_runtime import config, kind_of
+from megaseq.kernels.triton_runtime import config, kind_of, on_its_device
 
 PROCESSORS_ON_HOST = 2
 """What stands for the number of multiprocessors where there is no GPU."""
@@ -28,6 +27,7 @@ def total_dtype(x: Tensor, *, residual: Tensor | None) -> torch.dtype:
     return x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
 
 
+@on_its_device
 def launch_forward(
     x: Tensor,
     *,
@@ -86,11 +86,12 @@ def launch_forward(
         QUANTIZED=scales is not None,
         INTEGER=out.dtype is torch.int8,
         COLUMNS=columns_of(width),
-        **tile.arguments(),
-        **({} if scales is None else unfused()),
+        # What is quantised has to be rounded as the reference rounds.
+        **tile.arguments(fused=scales is None),
     )
 
 
+@on_its_device
 def launch_backward(
     dy: Tensor,
     *,

@@ -40,3 +40,8 @@ class Quantized(NamedTuple):
     """fp32 [..., S], one for each of the S = ceil(D / block) blocks of a row."""
     block: int
     """Elements that share a scale; D where a row has one."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where it is."""
+        return self.values.device

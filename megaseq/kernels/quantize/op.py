@@ -9,9 +9,10 @@ from torch import Tensor
 
 from megaseq.kernels.quantize.configs import columns_of, configs, dequantize_configs
 from megaseq.kernels.quantize.formats import FORMATS, SMALLEST_SCALE
-from megaseq.kernels.triton_runtime import config, interpreted
+from megaseq.kernels.triton_runtime import config, on_its_device
 
 
+@on_its_device
 def launch_quantize(
     x: Tensor, *, out: Tensor, scales: Tensor | None, form: str, block: int, power_of_two: bool
 ) -> None:
@@ -31,14 +32,16 @@ def launch_quantize(
         return
     num_rows, width = x.shape
     tile = config("quantize", key=f"{form},{columns_of(block)}", default=configs(block)[0])
-    grid = (-(-num_rows // tile.blocks["ROWS"]), -(-width // block))
-    quantize_kernel[grid](
+    num_blocks = -(-width // block)
+    # All in one dimension, as the others end at 65,535.
+    quantize_kernel[(-(-num_rows // tile.blocks["ROWS"]) * num_blocks,)](
         x,
         out,
         out if scales is None else scales,
         num_rows,
         width,
         block,
+        num_blocks,
         *x.stride(),
         LARGEST=FORMATS[form].largest,
         SMALLEST=SMALLEST_SCALE,
@@ -46,11 +49,11 @@ def launch_quantize(
         INTEGER=form == "int8",
         FAKE=scales is None,
         SINGLE=block <= tile.blocks["COLUMNS"],
-        **tile.arguments(),
-        **unfused(),
+        **tile.arguments(fused=False),
     )
 
 
+@on_its_device
 def launch_dequantize(values: Tensor, *, scales: Tensor, block: int, out: Tensor) -> None:
     """Runs the kernel on values [R, D] and scales [R, S] of any strides; `out` [R, D] is contiguous."""
     from megaseq.kernels.quantize.triton_kernels import dequantize_kernel
@@ -59,23 +62,19 @@ def launch_dequantize(values: Tensor, *, scales: Tensor, block: int, out: Tensor
         return
     num_rows, width = values.shape
     tile = config("dequantize", key=f"{columns_of(width)}", default=dequantize_configs()[0])
-    grid = (-(-num_rows // tile.blocks["ROWS"]), -(-width // tile.blocks["COLUMNS"]))
-    dequantize_kernel[grid](
+    num_tiles = -(-width // tile.blocks["COLUMNS"])
+    dequantize_kernel[(-(-num_rows // tile.blocks["ROWS"]) * num_tiles,)](
         values,
         scales,
         out,
         num_rows,
         width,
         block,
+        num_tiles,
         *values.stride(),
         *scales.stride(),
         **tile.arguments(),
     )
-
-
-def unfused() -> dict[str, bool]:
-    """The launch option that keeps the compiler from fusing products with sums, which rounds differently."""
-    return {} if interpreted() else {"enable_fp_fusion": False}
 
 
 @torch.library.custom_op("megaseq::quantize", mutates_args=())

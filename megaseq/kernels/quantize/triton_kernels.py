@@ -44,6 +44,7 @@ def quantize_kernel(
     R,
     D,
     block,
+    num_blocks,
     stride_r,
     stride_c,
     LARGEST: tl.constexpr,
@@ -56,10 +57,10 @@ def quantize_kernel(
     COLUMNS: tl.constexpr,
 ):
     """Stores values and scales; with FAKE instead of both the values times their scales. SINGLE: block <= COLUMNS."""
-    number = tl.program_id(1)
+    number = tl.program_id(0) % num_blocks
     first = number * block
     end = tl.minimum(first + block, D)
-    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    rows = (tl.program_id(0) // num_blocks).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     in_rows = rows < R
     top = tl.zeros((ROWS,), tl.float32)
     x = tl.zeros((ROWS, COLUMNS), tl.float32)
@@ -74,7 +75,7 @@ def quantize_kernel(
     scale = scale_of(top, LARGEST, SMALLEST, POWER)
     inverse = tl.div_rn(1.0, scale)
     if not FAKE:
-        tl.store(scales_ptr + rows * tl.num_programs(1) + number, tl.where(finite, scale, float("nan")), mask=in_rows)
+        tl.store(scales_ptr + rows * num_blocks + number, tl.where(finite, scale, float("nan")), mask=in_rows)
     for start in range(first, end, COLUMNS):
         columns = (start + tl.arange(0, COLUMNS)).to(tl.int64)
         inside = in_rows[:, None] & (columns < end)[None, :]
@@ -98,6 +99,7 @@ def dequantize_kernel(
     R,
     D,
     block,
+    num_tiles,
     stride_r,
     stride_c,
     scales_stride_r,
@@ -106,8 +108,8 @@ def dequantize_kernel(
     COLUMNS: tl.constexpr,
 ):
     """Stores values times the scales of their blocks; a program takes ROWS x COLUMNS of any blocks."""
-    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    columns = (tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)).to(tl.int64)
+    rows = (tl.program_id(0) // num_tiles).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    columns = ((tl.program_id(0) % num_tiles) * COLUMNS + tl.arange(0, COLUMNS)).to(tl.int64)
     inside = (rows < R)[:, None] & (columns < D)[None, :]
     values = tl.load(values_ptr + rows[:, None] * stride_r + columns[None, :] * stride_c, mask=inside, other=0.0)
     scales = tl.load(

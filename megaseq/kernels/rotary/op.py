@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from megaseq.kernels.rotary.configs import default
-from megaseq.kernels.triton_runtime import config, kind_of
+from megaseq.kernels.triton_runtime import config, kind_of, on_its_device
 
 
+@on_its_device
 def launch(x: Tensor, *, cosines: Tensor, sines: Tensor, interleaved: bool, inverse: bool, out: Tensor) -> None:
     """Runs the kernel.
 

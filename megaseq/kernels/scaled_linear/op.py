@@ -8,9 +8,10 @@ from torch import Tensor
 from megaseq.kernels.activation.reference import SAME
 from megaseq.kernels.quantize.formats import Quantized
 from megaseq.kernels.scaled_linear.configs import default, rows_key
-from megaseq.kernels.triton_runtime import config
+from megaseq.kernels.triton_runtime import config, on_its_device
 
 
+@on_its_device
 def launch(x: Quantized, *, weight: Quantized, bias: Tensor | None, activation: str, out: Tensor) -> None:
     """Runs the kernel.
 

@@ -13,6 +13,7 @@ from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
 SHORT = {"bfloat16": "bf16", "float8_e4m3fn": "e4m3", "float8_e5m2": "e5m2", "uint8": "u8", "bool": "i1"}
+FUSED = ("enable_fp_fusion", True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +54,8 @@ def describe(fn: JITFunction, *args: Any, **kwargs: Any) -> tuple[str, str]:
     dtypes = [str(value.dtype).removeprefix("torch.") for value in bound.arguments.values() if hasattr(value, "dtype")]
     short = [SHORT.get(name, name.replace("float", "f").replace("int", "i")) for name in dict.fromkeys(dtypes)]
     constants = {p.name: bound.arguments.get(p.name, p.default) for p in fn.params if p.is_constexpr}
-    options = {name: value for name, value in kwargs.items() if name not in names}
+    # That products are fused is the rule.
+    options = {name: value for name, value in kwargs.items() if name not in names and (name, value) != FUSED}
     words = [name if value is True else f"{name}={value}" for name, value in constants.items() if value is not False]
     words += [f"{name.removeprefix('num_')}={value}" for name, value in options.items()]
     return ",".join(short), " ".join(words)

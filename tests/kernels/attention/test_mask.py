@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megaseq.kernels.attention import AttentionMask
+from megaseq.kernels.attention import AttentionMask, attention, attention_with_log_sum
 from megaseq.kernels.checks import KernelError
+from megaseq.kernels.dropout import DropoutMask
 
 CPU = torch.device("cpu")
 
@@ -91,3 +92,23 @@ def test_bad_arguments() -> None:
         AttentionMask(window=0)
     with pytest.raises(KernelError, match=r"key_segment_ids must have shape \[B, length\]"):
         AttentionMask(key_segment_ids=torch.ones(3, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("name", ["query_segment_ids", "key_segment_ids", "query_positions", "key_positions"])
+def test_a_mask_of_another_device_is_an_error(name: str) -> None:
+    there = torch.zeros(1, 3, 2, 8, device="meta")
+    mask = AttentionMask(**{name: torch.ones(1, 3, dtype=torch.int32)})
+    for op in (attention, attention_with_log_sum):
+        with pytest.raises(
+            KernelError, match=f"attention: mask.{name} must be on the device of query, meta, but is cpu"
+        ):
+            op(there, key=there, value=there, mask=mask)
+
+
+def test_what_else_is_on_another_device_is_an_error() -> None:
+    there = torch.zeros(1, 3, 2, 8, device="meta")
+    with pytest.raises(KernelError, match="attention: bias must be on the device of query"):
+        attention(there, key=there, value=there, bias=torch.zeros(1, 2, 3, 3))
+    runs = DropoutMask(0.1, (1, 2, 3), torch.zeros(1, dtype=torch.int64))
+    with pytest.raises(KernelError, match=r"attention: dropout.offset must be on the device of query"):
+        attention(there, key=there, value=there, dropout=runs)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 from megaseq.kernels import CrossEntropy, linear_cross_entropy
 from megaseq.kernels.cross_entropy import LossSums, VocabularyShare, fused
 from megaseq.kernels.cross_entropy.cases import CASES, TOLERANCE, CrossEntropyCase
-from megaseq.kernels.cross_entropy.configs import BUDGET, TILE, configs, tokens_of_chunk
+from megaseq.kernels.cross_entropy.configs import BUDGET, TILE, configs, memory_budget, tokens_of_chunk
 from megaseq.kernels.cross_entropy.fused import add_product, linear_cross_entropy_op
 from megaseq.kernels.cross_entropy.reference import reference_cross_entropy
 from megaseq.kernels.triton_runtime import override
@@ -307,6 +308,14 @@ def test_goal_of_32k_tokens_and_classes() -> None:
     chunk = tokens_of_chunk(count=32768, num_classes=32768, width=1024, item_size=2, budget=BUDGET)
     assert chunk == 8192
     assert tokens_of_chunk(count=4096, num_classes=32000, width=1024, item_size=2, budget=BUDGET) == 4096
+
+
+@pytest.mark.parametrize("memory, budget", [(139 << 30, BUDGET), (24 << 30, 384 << 20), (4 << 30, BUDGET // 4)])
+def test_a_large_card_gives_a_chunk_no_more_memory(memory: int, budget: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=memory))
+    # The function itself, not what is kept of a card's answers.
+    assert memory_budget.__wrapped__(torch.device("cuda", 0)) == budget
 
 
 @pytest.mark.parametrize("beta", [0, 1])
