@@ -38,9 +38,11 @@ def triton_beam_step(
     hyps = _power(num_hyps)
     if num_chunks is None:
         num_chunks = -(-PROGRAMS_PER_PROCESSOR * _processors(device) // max(1, rows))
-    num_chunks = max(1, min(num_chunks, tiles, configs.MERGE_ELEMENTS // hyps // keep))
+    most = configs.MERGE_ELEMENTS // hyps
+    num_chunks = max(1, min(num_chunks, tiles, most // keep))
     tiles_per_chunk = -(-tiles // num_chunks)
     num_chunks = -(-tiles // tiles_per_chunk)
+    chunks = class_of(num_chunks)
 
     def new(*shape: int, dtype: torch.dtype) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=device)
@@ -72,10 +74,18 @@ def triton_beam_step(
         vocab, *logits.stride(), rule.eos_id, num_hyps, count, rule.size, keep, num_chunks,
         rule.max_logit_delta, rule.local_threshold, *total.stride(), forbid_stride,
         NORMALISED=normalised, FORBID=forbid_eos is not None, STEP=1 << BITS_BELOW[logits.dtype],
-        HYPS=hyps, CHUNKS=_power(num_chunks), CANDIDATES=_power(num_chunks * keep), COUNT=_power(count),
+        HYPS=hyps, CHUNKS=chunks, CANDIDATES=min(_power(chunks * keep), most), COUNT=_power(count),
         BLOCK=config.blocks["BLOCK"], **merging.arguments(),
     )  # fmt: skip
     return step
+
+
+def class_of(num_chunks: int) -> int:
+    """The next of 2, 8, 32, 128, ...: each is compiled, and the chunks of a batch that shrinks have any number."""
+    size = 2
+    while size < num_chunks:
+        size *= 4
+    return size
 
 
 def _power(number: int) -> int:

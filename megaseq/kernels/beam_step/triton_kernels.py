@@ -61,7 +61,9 @@ def _insert(keys, best):
     return best
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["eos_id", "num_hyps", "keep", "num_chunks", "tiles", "tiles_per_chunk", "forbid_stride"]
+)
 def best_of_chunks(
     logits, forbid_eos, tops, sums, lows, keys, vocab, row_stride, stride, eos_id, num_hyps, keep, num_chunks, tiles,
     tiles_per_chunk, forbid_stride, NORMALISED: tl.constexpr, FORBID: tl.constexpr, TOP: tl.constexpr,
@@ -137,7 +139,11 @@ def _look_again(
     return best
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=[
+        "eos_id", "num_hyps", "count", "size", "keep", "num_chunks", "total_b", "total_k", "forbid_stride"
+    ]
+)  # fmt: skip
 def merge_chunks(
     logits, forbid_eos, tops, sums, lows, keys, total, score, ids, eos_score, eos_allowed, next_score, next_parents,
     next_ids, vocab, row_stride, stride, eos_id, num_hyps, count, size, keep, num_chunks, delta, threshold, total_b,
@@ -145,7 +151,7 @@ def merge_chunks(
     CHUNKS: tl.constexpr, CANDIDATES: tl.constexpr, COUNT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The step of one source, of what `best_of_chunks` left of its hypotheses. STEP: between the ordered bits of
-    neighbouring logits."""
+    neighbouring logits; CHUNKS and CANDIDATES: powers of 2, at least num_chunks and num_chunks * keep."""
     source = tl.program_id(0).to(tl.int64)
     k = tl.arange(0, HYPS)
     live = k < num_hyps

@@ -48,7 +48,12 @@ def _scores(
     return tl.where(seen, scores, float("-inf"))
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=[
+        "window", "num_hyps", "group", "num_heads", "page", "capacity", "columns", "row_tiles", "table_b", "table_k",
+        "length_b", "length_k", "bias_n",
+    ]
+)  # fmt: skip
 def attend_share(
     query, key, value, table, lengths, bias, key_scale, value_scale, output, log_sums,
     scale, soft_cap, window, num_hyps, group, num_heads, width, page, capacity, columns, row_tiles,
@@ -151,7 +156,7 @@ def attend_share(
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_shares", "rows"])
 def add_shares(
     shares, log_sums, output, num_shares, rows, width, BLOCK_S: tl.constexpr, WIDTH: tl.constexpr
 ):  # fmt: skip

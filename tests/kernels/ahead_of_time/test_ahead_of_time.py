@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import json
 import os
+import subprocess
+import sys
 
 import pytest
 
@@ -82,6 +85,18 @@ def test_a_process_that_dies_is_a_fault(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(gate, "environment", lambda: killed)
     _, wrong = gate.compile_for((90,), options=RIGHT)
     assert len(wrong) == 1 and "the process for sm_90 died" in wrong[0]
+
+
+@pytest.mark.slow
+def test_a_search_whose_batch_shrinks_compiles_few_kernels() -> None:
+    """A batch of 256 sources to 1, with caches that grow all the while."""
+    command = [sys.executable, "-m", "tests.kernels.ahead_of_time.variants"]
+    done = subprocess.run(command, cwd=gate.ROOT, env=gate.environment(), capture_output=True, text=True, check=True)
+    counts = json.loads(done.stdout)
+    assert counts.keys() == {"best_of_chunks", "merge_chunks", "attend_share", "add_shares"}
+    # Three sizes of the merging program; one share or several, of caches with a table and without.
+    assert counts["best_of_chunks"] == counts["add_shares"] == 1
+    assert counts["merge_chunks"] == 3 and counts["attend_share"] <= 4
 
 
 @pytest.mark.slow
