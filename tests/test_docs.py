@@ -48,10 +48,15 @@ SHRUNK_BENCHMARKS = {
     "local_sgd.py": ["--steps", "4", "--common-steps", "2", "--inner-steps", "1", "--workers", "2"],
     "scaling.py": ["--steps", "1", "--rounds", "1", "--model-dim", "32", "--num-layers", "1", "--layouts", "data=2"],
     "packing.py": ["--pairs", "20000", "--vocab-size", "300"],
+    "train_gpu.py": [
+        *("--rows", "2", "--source-length", "16", "--target-length", "8", "--steps", "1", "--model-dim", "64"),
+        *("--hidden-dim", "64", "--num-heads", "1", "--num-layers", "1", "--vocab-size", "100"),
+    ],
     "offload.py": ["--steps", "1", "--vocab-size", "300", "--model-dim", "32"],
 }
 NOT_RUN = {
     "bash launch/test.sh": "it is what runs this test",
+    ".venv/bin/pip install -c constraints.txt -e '.[deepspeed,kernels,wandb,tensorboard]'": "tests have all of it",
     "source .venv/bin/activate": "the test has an environment already",
 }
 LAUNCHERS = ("launch/torchrun.sh", "launch/deepspeed.sh", "launch/slurm/train.sbatch", "deepspeed")

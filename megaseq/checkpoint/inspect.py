@@ -14,7 +14,12 @@ from megaseq.checkpoint.reading import OpenCheckpoint
 
 
 def inspect(path: str | os.PathLike[str], *, pattern: str | None = None) -> str:
-    """Returns a description of the checkpoint at `path`, or, for a run directory, a table of its checkpoints.
+    """Returns the text of `look_into`, see there."""
+    return look_into(path, pattern=pattern)[0]
+
+
+def look_into(path: str | os.PathLike[str], *, pattern: str | None = None) -> tuple[str, bool]:
+    """Describes the checkpoint at `path`, or, for a run directory, makes a table of its checkpoints.
 
     With a `pattern` the newest checkpoint of a run directory is described.
 
@@ -25,6 +30,9 @@ def inspect(path: str | os.PathLike[str], *, pattern: str | None = None) -> str:
         pattern: Lists the tensors whose names it matches (`re.search`), with the pieces of those that are stored in
             several; None lists none, "" all.
 
+    Returns:
+        The text, and whether all checkpoints are whole.
+
     Raises:
         CheckpointError: When there is no checkpoint, or the one that `path` names is damaged.
     """
@@ -32,7 +40,8 @@ def inspect(path: str | os.PathLike[str], *, pattern: str | None = None) -> str:
     for folder in (path / "checkpoints", path):
         steps = list_steps(folder)
         if steps and pattern is None and not (path / MANIFEST).exists():
-            return "\n".join(_row(folder / step_name(step)) for step in steps)
+            rows = [_row(folder / step_name(step)) for step in steps]
+            return "\n".join(text for text, _ in rows), all(is_whole for _, is_whole in rows)
     opened = OpenCheckpoint(path)
     verify_files(opened.path, manifest=opened.manifest)
     sections = [_head(opened), _files(opened.manifest), _groups(opened)]
@@ -41,18 +50,18 @@ def inspect(path: str | os.PathLike[str], *, pattern: str | None = None) -> str:
     sections.append("state\n  " + (", ".join(sorted(opened.state)) or "empty"))
     if pattern is not None:
         sections.append(_tensors(opened, pattern=pattern))
-    return "\n".join(sections)
+    return "\n".join(sections), True
 
 
-def _row(path: Path) -> str:
-    """One line of the table: name, size, metrics, and whether it is whole."""
+def _row(path: Path) -> tuple[str, bool]:
+    """One line of the table, name, size, whether it is whole, and metrics; and whether it is whole."""
     try:
         manifest = read_manifest(path)
         verify_files(path, manifest=manifest)
     except CheckpointError as error:
-        return f"{path.name}  damaged: {error}"
+        return f"{path.name}  damaged: {error}", False
     metrics = "  ".join(f"{name} {value:g}" for name, value in sorted(manifest.metrics.items()))
-    return f"{path.name}  {_size(manifest)}  whole  {metrics}".rstrip()
+    return f"{path.name}  {_size(manifest)}  whole  {metrics}".rstrip(), True
 
 
 def _head(opened: OpenCheckpoint) -> str:

@@ -22,7 +22,8 @@ def register(subparsers: _SubParsersAction[argparse.ArgumentParser]) -> None:
     inspect = actions.add_parser(
         "inspect",
         help="verify and describe a checkpoint, or all of a run",
-        description="Verifies every file against the manifest and describes what is in it.",
+        description="Verifies every file against the manifest and describes what is in it. Exit code 1: one of a run's "
+        "checkpoints is damaged.",
         allow_abbrev=False,
     )
     inspect.add_argument("path", metavar="PATH", help="checkpoint, run directory, or its folder of checkpoints")
@@ -99,11 +100,12 @@ def add_average(subparsers: _SubParsersAction[argparse.ArgumentParser]) -> None:
 
 
 def run_inspect(arguments: argparse.Namespace) -> int:
-    """Prints the description; returns the exit code."""
-    from megaseq.checkpoint.inspect import inspect
+    """Prints the description; returns the exit code, 1 where a checkpoint is damaged."""
+    from megaseq.checkpoint.inspect import look_into
 
-    print(inspect(arguments.path, pattern=arguments.tensors))
-    return 0
+    text, is_whole = look_into(arguments.path, pattern=arguments.tensors)
+    print(text)
+    return 0 if is_whole else 1
 
 
 def run_convert(arguments: argparse.Namespace) -> int:

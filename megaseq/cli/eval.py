@@ -26,7 +26,7 @@ def register(subparsers: _SubParsersAction[argparse.ArgumentParser]) -> None:
 def add_job_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds what eval and decode have in common."""
     parser.add_argument("path", metavar="PATH", help="a checkpoint or a run directory")
-    overrides.add_arguments(parser)
+    overrides.add_arguments(parser, data_dir="where inputs find their files, in place of what they were trained with")
     parser.add_argument("--watch", action="store_true", help="follow the run directory PATH: each checkpoint once")
     parser.add_argument("--poll-seconds", type=float, default=5.0, metavar="S", help="pause of --watch; default: 5")
     parser.add_argument(

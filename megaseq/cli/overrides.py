@@ -13,14 +13,14 @@ if TYPE_CHECKING:
     from megaseq.base import Params
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds -c, --data-dir and the positional path=value to `parser`."""
+def add_arguments(
+    parser: argparse.ArgumentParser, *, data_dir: str = "where inputs without a data_dir find their files"
+) -> None:
+    """Adds -c, --data-dir, whose help is `data_dir`, and the positional path=value to `parser`."""
     parser.add_argument(
         "-c", "--config", action="append", default=[], metavar="FILE.yaml", help="YAML overlay; later ones win"
     )
-    parser.add_argument(
-        "--data-dir", default="", metavar="DIR", help="where inputs without a data_dir find their files"
-    )
+    parser.add_argument("--data-dir", default="", metavar="DIR", help=data_dir)
     parser.add_argument(
         "overrides", nargs="*", default=[], metavar="path=value", help="params to set, e.g. train.max_steps=1000"
     )
@@ -73,6 +73,8 @@ def set_data_dir(params: Params, data_dir: str, *, only_empty: bool = True) -> N
     """
     if not Path(data_dir).is_dir():
         raise must("--data-dir", "be a directory", data_dir, "Check the path")
+    # Checkpoints keep it, and are read from other directories than this one.
+    data_dir = str(Path(data_dir).resolve())
     for path, value in list(params.leaves()):
         if path.rpartition(".")[2] == "data_dir" and (value == "" or not only_empty):
             params.set(path, data_dir, origin="--data-dir")

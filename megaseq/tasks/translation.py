@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, Self
 
 from torch import Tensor
 
 from megaseq.base import Configurable, NestedMap
+from megaseq.base.fields import fields_of
 from megaseq.decode import BeamSearch, Hypothesis, Search
 from megaseq.kernels.cross_entropy import CrossEntropy, linear_cross_entropy
 from megaseq.layers.encoder_decoder import EncoderDecoder
@@ -25,6 +26,12 @@ class Translation(BaseTask, EncoderDecoder):
         """Factor of log(normaliser)^2 in the loss, which keeps logits near their natural scale (PaLM uses 1e-4)."""
         search: Search.Params = BeamSearch.Params()
         """How the task decodes: beam search, greedy or sampling."""
+
+        @classmethod
+        def of(cls, model: EncoderDecoder.Params, **options: Any) -> Self:
+            """Returns the task with the layers of `model`, one of `layers.families`, say, and these `options`."""
+            own = {name: model.get(name) for name in fields_of(EncoderDecoder.Params) if name != "cls"}
+            return cls(**own | options)
 
         def validate(self) -> Iterator[Any]:
             """Reports values out of range."""

@@ -53,6 +53,9 @@ def test_optional_returns_the_module_or_says_how_to_install_it(tmp_path: Path, m
         "ZeRO: must have the package megaseq_missing_package, but is not installed. "
         "Run: pip install megaseq_missing_package."
     )
+    monkeypatch.setitem(sys.modules, "deepspeed", None)
+    with pytest.raises(MissingPackageError, match=r"Run: pip install 'deepspeed[<>=.,0-9]*>=[<>=.,0-9]*'"):
+        optional("deepspeed", needed_for="ZeRO")
     (tmp_path / "megaseq_half.py").write_text("import megaseq_other_half\n")
     (tmp_path / "megaseq_broken.py").write_text("1 / 0\n")
     monkeypatch.syspath_prepend(str(tmp_path))

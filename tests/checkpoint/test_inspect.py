@@ -48,7 +48,7 @@ def test_a_run_is_a_table_with_the_damaged_marked(make: Make, folder: Path, caps
     for step in (1, 2):
         save(checkpointer, step, loss=2.0)
     (checkpointer.path(1) / "state.json").unlink()
-    assert run("inspect", str(folder.parent)) == 0
+    assert run("inspect", str(folder.parent)) == 1
     first, second = capsys.readouterr().out.splitlines()
     assert first.startswith("step_00000001  damaged: ") and "state.json" in first
     assert second.startswith("step_00000002  0.0 MB  whole  loss 2")

@@ -198,3 +198,13 @@ def test_a_mistake_is_one_line_and_exit_code_2(
     monkeypatch.chdir(tmp_path)
     code, lines = run(capsys, *arguments)
     assert code == 2 and len(lines) == 1 and expected in lines[0]
+
+
+def test_the_data_directory_is_kept_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A checkpoint that has it is read from elsewhere."""
+    (tmp_path / "data").mkdir()
+    monkeypatch.chdir(tmp_path)
+    code, lines = run(capsys, "show", "test.Base", "--data-dir", "data")
+    assert code == 0 and f'data_dir : "{tmp_path / "data"}"' in lines

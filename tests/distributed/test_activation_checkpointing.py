@@ -21,19 +21,19 @@ ROWS: list[tuple[str, dict[str, Any], int, dict[str, Any]]] = [
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", ["full", "selective"])
+@pytest.mark.parametrize("mode", ["full", "selective", "offload"])
 @pytest.mark.parametrize(("parallel", "world_size", "options"), [row[1:] for row in ROWS], ids=[row[0] for row in ROWS])
 def test_layout_trains_as_one_process_that_keeps_everything(
     parallel: dict[str, Any], world_size: int, options: dict[str, Any], mode: str
 ) -> None:
-    check_layout(parallel, world_size=world_size, checkpointing=mode, steps=8, **options)
+    check_layout(parallel, world_size=world_size, checkpointing=mode, **options)
 
 
 @pytest.mark.slow
 def test_zero_bubble_computes_attention_again() -> None:
     # Whole layers are refused: see the table of parallel.refusals.
     layout = {"pipe": 2, "pipeline.schedule": "zero_bubble_v"}
-    check_layout(layout, world_size=2, checkpointing="selective", steps=8, accumulation=4)
+    check_layout(layout, world_size=2, checkpointing="selective", accumulation=4)
 
 
 def test_stages_are_computed_again() -> None:

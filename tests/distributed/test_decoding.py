@@ -73,6 +73,10 @@ LAYOUTS: list[Any] = [
     pytest.param({"data": 2, "pipe": 2}, 4, 9, id="dp2-pp2", marks=pytest.mark.slow),
     pytest.param({"data": 2, "pipe": 2, "zero.stage": 1}, 4, 3, id="dp2-pp2-zero1", marks=pytest.mark.slow),
     pytest.param({"data": 2, "context": 2, **ZERO3}, 4, 9, id="dp2-cp2-zero3", marks=pytest.mark.slow),
+    pytest.param(
+        {"data": 2, "context": 2, "context_method": "ulysses"}, 4, 9, id="dp2-cp2-ulysses", marks=pytest.mark.slow
+    ),
+    pytest.param({"data": 2, "tensor": 2, "pipe": 2}, 8, 9, id="dp2-tp2-pp2", marks=pytest.mark.slow),
 ]
 
 

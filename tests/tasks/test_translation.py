@@ -9,6 +9,7 @@ from train.tiny import random_batch, task_params
 
 from megaseq.base import NestedMap
 from megaseq.decode import GreedySearch
+from megaseq.layers import families
 from megaseq.layers.base import bind, initialize
 from megaseq.tasks.translation import Translation
 
@@ -83,3 +84,15 @@ def test_decodes_by_the_search_of_the_params_or_another() -> None:
 def test_values_out_of_range_are_reported() -> None:
     problems = task_params(label_smoothing=1.0, z_loss=-1.0).check()
     assert [str(problem).split(":")[0] for problem in problems] == ["label_smoothing", "z_loss"]
+
+
+def test_is_made_of_a_family() -> None:
+    model = families.t5(model_dim=16, hidden_dim=24, num_heads=2, head_dim=8, num_layers=1)
+    model.source_vocab_size = model.target_vocab_size = 23
+    task = Translation.Params.of(model, label_smoothing=0.1)
+    assert task.label_smoothing == 0.1 and task.encoder.to_text() == model.encoder.to_text()
+    task.encoder.dropout = 0.7
+    assert model.encoder.dropout == 0.1
+    assert list(task.check()) == []
+    made: Translation = task.instantiate()
+    assert {name for name, _ in made.named_parameters()} == {name for name, _ in model.instantiate().named_parameters()}
