@@ -53,13 +53,29 @@ _is_installed() {
   [ -f "$3" ] && if [ -n "$1" ]; then grep -qxF "$2 $1" "$3"; else grep -qF "$2 " "$3"; fi
 }
 
+_gpu_constraints() {
+  # Prints the tested versions, with this machine's torch in place of the tested one: pip would exchange it without a word
+  # where another line does not suit it. A torch that megaseq cannot use is not kept.
+  grep -viE '^(torch|triton|nvidia[-_a-z0-9]*)[=<>]' "$MEGASEQ_ROOT/constraints.txt" &&
+    "$VIRTUAL_ENV/bin/python" - <<'PYTHON'
+from importlib.metadata import PackageNotFoundError, version
+
+try:
+    torch = version("torch")
+except PackageNotFoundError:
+    torch = "0.0"
+if tuple(int(part) for part in torch.split(".")[:2]) >= (2, 11):
+    print(f"torch=={torch}")
+PYTHON
+}
+
 install_megaseq() {
   local extras="$1" stamp="$VIRTUAL_ENV/megaseq.stamp" constraints="$MEGASEQ_ROOT/constraints.txt" now
   now="$(_install_stamp)"
   if ! _is_installed "$extras" "$now" "$stamp"; then
     if _has_nvidia_gpu; then
       constraints="$VIRTUAL_ENV/constraints.txt"
-      grep -viE '^(torch|triton|nvidia[-_a-z0-9]*)[=<>]' "$MEGASEQ_ROOT/constraints.txt" >"$constraints"
+      _gpu_constraints >"$constraints" || return 1
     fi
     _say "installing megaseq${extras:+[$extras]} and what it needs in .venv"
     "$VIRTUAL_ENV/bin/python" -m pip install --quiet --disable-pip-version-check -c "$constraints" \

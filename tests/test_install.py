@@ -7,9 +7,12 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from importlib import metadata
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 pytest.importorskip("nanobind", reason="the build requirements are not installed")
 pytest.importorskip("setuptools", reason="the build requirements are not installed")
@@ -26,6 +29,29 @@ rows = pack_rows(source_lengths=np.array([3, 2, 1]), target_lengths=np.array([4,
 print(native.available(), rows.examples.tolist(), rows.offsets.tolist())
 print(native.describe())
 """
+
+
+def test_a_gpu_machine_keeps_its_torch(tmp_path: Path) -> None:
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "python").write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
+    (tmp_path / "bin" / "python").chmod(0o755)
+    done = subprocess.run(
+        ["bash", "-euc", "source launch/_install.sh; _gpu_constraints"],
+        cwd=ROOT,
+        env={**os.environ, "VIRTUAL_ENV": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    lines = [line for line in done.stdout.splitlines() if not line.startswith("#")]
+    pins = {canonicalize_name(name): pin for name, _, pin in (line.partition("==") for line in lines)}
+    assert len(pins) == len(lines) > 50 and "triton" not in pins
+    assert pins["torch"] == metadata.version("torch")
+    # Else pip looks for another torch, which suits the other versions.
+    for wanted in map(Requirement, metadata.requires("torch") or []):
+        applies = wanted.marker is None or wanted.marker.evaluate({"extra": ""})
+        pin = pins.get(canonicalize_name(wanted.name)) if applies else None
+        assert pin is None or wanted.specifier.contains(pin), wanted
 
 
 @pytest.fixture
@@ -90,8 +116,8 @@ def test_with_a_compiler_the_extension_is_built(tree: Path) -> None:
     assert probe(site).startswith("True [0, 1, 2] [0, 2, 3]")
     packages = {path.parent.relative_to(tree) for path in (tree / "megaseq").rglob("*.py")}
     assert packages == {path.parent.relative_to(site) for path in (site / "megaseq").rglob("*.py")}
-    (metadata,) = site.glob("megaseq-*.dist-info")
-    assert "megaseq = megaseq.cli.main:main" in (metadata / "entry_points.txt").read_text()
+    (info,) = site.glob("megaseq-*.dist-info")
+    assert "megaseq = megaseq.cli.main:main" in (info / "entry_points.txt").read_text()
     assert (site / "megaseq" / "py.typed").exists()
 
 
