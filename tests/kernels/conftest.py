@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from megaseq.kernels import triton_runtime
+from tests.kernels.interpreter import needs_kernels
 from tests.kernels.interpreter.poison import poisoned_memory
 
 
@@ -17,11 +18,6 @@ def device() -> Iterator[torch.device]:
 
     New memory is poisoned while the test runs.
     """
-    if not triton_runtime.installed():
-        pytest.skip("Triton is not installed")
-    if triton_runtime.interpreted():
-        from tests.kernels.interpreter.install import install
-
-        install()
+    needs_kernels()
     with poisoned_memory():
         yield torch.device("cuda" if torch.cuda.is_available() and not triton_runtime.interpreted() else "cpu")

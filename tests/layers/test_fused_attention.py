@@ -13,6 +13,7 @@ from megaseq.kernels import dispatch, triton_runtime
 from megaseq.kernels.attention import RelativeBias, fused
 from megaseq.layers import Alibi, EncoderDecoder, families, initialize
 from megaseq.layers.base import bind
+from tests.kernels.interpreter import needs_kernels
 
 IDS = torch.arange(24).view(2, 12) % 19 + 2
 SEGMENTS = torch.tensor([[1] * 5 + [2] * 7, [1] * 4 + [2] * 3 + [3] * 3 + [0] * 2])
@@ -45,8 +46,8 @@ def loss_of(model: EncoderDecoder, *, device: torch.device) -> torch.Tensor:
 @pytest.mark.parametrize("fused_by", ["triton", "native"])
 @pytest.mark.parametrize("kind", ["1.1", "umt5", "alibi"])
 def test_gradients_equal_those_of_the_reference(kind: str, fused_by: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    if fused_by == "triton" and not triton_runtime.installed():
-        pytest.skip("Triton is not installed")
+    if fused_by == "triton":
+        needs_kernels()
     if fused_by == "native" and not native.available():
         pytest.skip("there is no compiled extension")
     device = torch.device("cpu" if fused_by == "native" or triton_runtime.interpreted() else "cuda")
@@ -81,8 +82,7 @@ def test_auto_takes_the_extension_in_host_memory(
 
 def test_auto_takes_the_kernels_on_a_gpu(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     """Where there is none, the interpreter stands for it."""
-    if not triton_runtime.installed():
-        pytest.skip("Triton is not installed")
+    needs_kernels()
     device = torch.device("cpu" if triton_runtime.interpreted() else "cuda")
     monkeypatch.setenv("MEGASEQ_KERNELS", "auto")
     monkeypatch.setattr(fused, "preferred", lambda device: True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,8 +19,10 @@ from megaseq.parallel.mesh import Mesh
 from megaseq.parallel.pipeline.job import PipelineJob, Shapes
 from megaseq.parallel.pipeline.links import Links, in_order
 from megaseq.parallel.pipeline.plan import StagePlan
-from megaseq.parallel.pipeline.stage import ScheduledStage, StageModule, make_scheduled_stage
+from megaseq.parallel.pipeline.stage import SPLITS_BACKWARD, ScheduledStage, StageModule, make_scheduled_stage
 from megaseq.parallel.spec import Added, Pipelined
+
+_logger = logging.getLogger(__name__)
 
 _SINGLE = {"gpipe": ScheduleGPipe, "1f1b": Schedule1F1B}
 _SEVERAL = {"interleaved": ScheduleInterleaved1F1B, "zero_bubble_v": ScheduleZBVZeroBubble}
@@ -43,6 +46,12 @@ class PipelineRunner:
         self.modules = [StageModule(model, stage=stage) for stage in plan.of_rank(mesh.index("pipe"))]
         self._key: object = None
         self._schedule: Any = None
+        if plan.schedule == "zero_bubble_v" and not SPLITS_BACKWARD and mesh.is_first:
+            _logger.warning(
+                "parallel.pipeline.schedule: zero_bubble_v must have torch 2.13 or later to fill its gaps, but has %s: "
+                "it is right, but waits. Use interleaved or 1f1b.",
+                torch.__version__,
+            )
 
     def step(self, job: PipelineJob) -> None:
         """Runs forward and backward passes of all micro-batches; gradients are added to those of the parameters.

@@ -15,6 +15,10 @@ from megaseq.parallel.pipeline.job import PipelineJob, Shapes
 from megaseq.parallel.pipeline.plan import Stage
 from megaseq.parallel.spec import Added, Flow, Pipelined
 
+SPLITS_BACKWARD = torch.__version__ >= "2.13"
+"""Whether torch can make the gradients of parameters apart from those of what a stage received. Torch 2.11 fails there
+at autograd functions written in Python, and adds up the gradients of all outputs of an operation that has several."""
+
 
 class StageModule(nn.Module):
     """Runs the units of a stage on the micro-batch that it is told; its parameters are those of the units."""
@@ -74,6 +78,15 @@ class ScheduledStage(PipelineStage):
 
     submod: StageModule
 
+    @property
+    def at_once(self) -> bool:
+        """Whether the first half of a backward pass that a schedule asks for in two is all of it."""
+        return self.submod.reads_twice or not SPLITS_BACKWARD
+
+    def _get_init_p2p_neighbors_ops(self) -> list[dist.P2POp]:
+        """See `PipelineStage`. Torch 2.11 greets a neighbour also on this very rank, to which gloo cannot send."""
+        return [op for op in super()._get_init_p2p_neighbors_ops() if op.group_peer != self.group_rank]
+
     def forward_one_chunk(self, fwd_chunk_id: int, *arguments: Any, **options: Any) -> Any:
         """See `PipelineStage`."""
         self.submod.micro_batch = fwd_chunk_id
@@ -83,7 +96,7 @@ class ScheduledStage(PipelineStage):
         """See `PipelineStage`; schedules name all options."""
         job = self.submod.job
         # The other half of a backward pass that comes in two is `backward_weight_one_chunk`.
-        whole = options.get("full_backward", True) or self.submod.reads_twice
+        whole = options.get("full_backward", True) or self.at_once
         options["full_backward"] = whole
         if job is not None and whole:
             job.before_backward()
@@ -93,7 +106,7 @@ class ScheduledStage(PipelineStage):
 
     def backward_weight_one_chunk(self, bwd_chunk_id: int, last_backward: bool = False) -> None:
         """See `PipelineStage`."""
-        if self.submod.reads_twice:
+        if self.at_once:
             return
         super().backward_weight_one_chunk(bwd_chunk_id, last_backward)
         if self.submod.job is not None:
