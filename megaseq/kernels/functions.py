@@ -1,7 +1,8 @@
-"""A typed door to `torch.autograd.Function.apply`, which torch leaves without annotations."""
+"""A typed door to `torch.autograd.Function.apply`, which torch leaves without annotations, and a short way to an op."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,3 +19,55 @@ def apply_many(function: type[torch.autograd.Function], /, *arguments: Any) -> t
     """Applies a function that returns a tuple of tensors."""
     result: tuple[Tensor, ...] = function.apply(*arguments)  # type: ignore[no-untyped-call]
     return result
+
+
+def watched(tensor: Tensor) -> bool:
+    """Whether something wants to see the operators that run on `tensor`: a trace, a mode, a transform, or a tensor that
+    stands for others."""
+    return (
+        torch.compiler.is_compiling()
+        or type(tensor) not in (Tensor, torch.nn.Parameter)
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._are_functorch_transforms_active()
+    )
+
+
+def direct(
+    op: Callable[..., Any],
+    *,
+    run: Callable[..., Any],
+    keep: Callable[..., None] | None = None,
+    differentiate: Callable[..., Any] | None = None,
+) -> Callable[..., Any]:
+    """Returns a function that does what an operator does, past torch's dispatcher where nobody watches.
+
+    The way through the dispatcher takes the host longer than a launch, and a GPU longer than a small kernel.
+
+    Args:
+        op: an operator of `torch.library.custom_op`, whose first argument is a tensor.
+        run: the function that it was made of.
+        keep: its `setup_context`, if it has a gradient.
+        differentiate: its backward function; what it returns has no gradient itself.
+    """
+    function: Any = None
+    if keep is not None and differentiate is not None:
+        remember = keep
+
+        # Not by a setup_context, for which torch looks at the signature at every call.
+        def forward(ctx: Any, *arguments: Any) -> Any:
+            output = run(*arguments)
+            remember(ctx, arguments, output)
+            return output
+
+        once: Any = torch.autograd.function.once_differentiable
+        methods = {"forward": staticmethod(forward), "backward": staticmethod(once(differentiate))}
+        function = type(run.__name__, (torch.autograd.Function,), methods)
+
+    def call(*arguments: Any) -> Any:
+        if watched(arguments[0]):
+            return op(*arguments)
+        if function is None or not torch.is_grad_enabled():
+            return run(*arguments)
+        return function.apply(*arguments)
+
+    return call

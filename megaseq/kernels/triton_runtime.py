@@ -83,6 +83,14 @@ def architecture() -> int:
     return _capability(active, active.get_current_device())
 
 
+def generation(arch: int) -> int:
+    """Which tensor cores an architecture has: 80 multiplies out of registers, 90 (wgmma) out of shared memory, 100
+    (tcgen05) into a memory of its own. Consumer cards stayed with the first, up to sm_120."""
+    if 100 <= arch < 120:
+        return 100
+    return 90 if arch == 90 else min(arch, 80)
+
+
 def shared_memory() -> int:
     """Bytes of shared memory that a block may have on the current GPU; without end for the interpreter."""
     if interpreted():

@@ -299,7 +299,8 @@ def _apart(shape: Shape, *, device: torch.device) -> Callable[[], object]:
 
 
 def _candidates(shape: Shape, *, arch: int) -> dict[str, Sequence[Config]]:
+    shared = triton_runtime.shared_memory() if arch else 0
     return {
-        kernel: candidates(kernel, dtype=shape.dtype, head=shape.head_dim, bias=shape.biased, arch=arch)
+        kernel: candidates(kernel, dtype=shape.dtype, head=shape.head_dim, bias=shape.biased, arch=arch, shared=shared)
         for kernel in (FORWARD, OF_QUERY, OF_KEY)
     }

@@ -10,12 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megaseq.kernels.attention.bias_table import TABLE_PAD
 from megaseq.kernels.attention.configs import FORWARD, OF_KEY, OF_QUERY, candidates, padded
 from megaseq.kernels.attention.mask import AttentionMask
 from megaseq.kernels.attention.relative_bias import RelativeBias
 from megaseq.kernels.compile_case import CompileCase
 from megaseq.kernels.dropout import DropoutMask
-from megaseq.kernels.triton_runtime import Config, architecture, override
+from megaseq.kernels.triton_runtime import Config, architecture, override, shared_memory
 
 
 @dataclass(frozen=True)
@@ -322,7 +323,7 @@ def compile_one(*, number: int = 0, head: int = 64, dtype: torch.dtype = torch.b
         key_ids=None if ranges is None else ranges.key_ids,
         key_ranges=None if ranges is None else ranges.key_ranges,
         query_ranges=None if ranges is None else ranges.query_ranges,
-        table=torch.empty(4, 181) if parts.get("table") else None,
+        table=torch.empty(4, 181 + 2 * TABLE_PAD) if parts.get("table") else None,
         slopes=torch.empty(4) if parts.get("slopes") else None,
         runs=torch.zeros(2, dtype=torch.int64) if parts.get("runs") else None,
         scale=0.125,
@@ -338,7 +339,10 @@ def compile_one(*, number: int = 0, head: int = 64, dtype: torch.dtype = torch.b
     log_sum = torch.empty(2, 4, 256)
     tiles: dict[str, Config] = {}
     for kernel in (FORWARD, OF_QUERY, OF_KEY):
-        found = candidates(kernel, dtype=dtype, head=padded(head), bias=call.table is not None, arch=architecture())
+        found = candidates(
+            kernel, dtype=dtype, head=padded(head), bias=call.table is not None, arch=architecture(),
+            shared=shared_memory(),
+        )  # fmt: skip
         tiles[kernel] = found[min(number, len(found) - 1)]
     with override(**tiles):
         launch_forward(call)

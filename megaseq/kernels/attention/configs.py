@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from megaseq.kernels import triton_runtime
-from megaseq.kernels.triton_runtime import Config
+from megaseq.kernels.triton_runtime import Config, generation
 
 FORWARD, OF_QUERY, OF_KEY = "attention_forward", "attention_backward_query", "attention_backward_key"
 MAX_HEAD = 256
@@ -41,6 +41,18 @@ _SINGLE: dict[str, dict[int, tuple[Sizes, ...]]] = {
 """The same in float32, whose products no tensor core computes."""
 
 
+SMALL_SHARED_MEMORY = 99 << 10
+"""Bytes that a block may have on sm_86, sm_89 and sm_120: what `_SMALL` is made for."""
+_LARGE_SHARED_MEMORY = 163 << 10
+"""The same of sm_80, which the other lists are made for."""
+_SMALL: dict[tuple[str, int], tuple[Sizes, ...]] = {
+    (FORWARD, 64): ((128, 64, 8, 2), (64, 64, 4, 3)),
+    (OF_QUERY, 64): ((64, 64, 4, 2),),
+    (OF_KEY, 256): ((32, 32, 4, 1),),
+}
+"""By kernel and width: what takes the place of tiles of `_HALF` that do not fit there."""
+
+
 def padded(head: int) -> int:
     """The width of a tile for heads of width `head`: a power of two that the matrix units take."""
     return max(16, 1 << (head - 1).bit_length())
@@ -52,7 +64,19 @@ def key_of(*, dtype: torch.dtype, head: int, bias: bool, dropout: bool) -> str:
     return ",".join(words)
 
 
-def default(kernel: str, *, dtype: torch.dtype, head: int, bias: bool, arch: int) -> Config:
+def widest_head(dtype: torch.dtype, *, shared: int) -> int:
+    """The widest head that fits: tiles of float32 do not become smaller.
+
+    Args:
+        dtype: of queries, keys and values.
+        shared: as of `triton_runtime.shared_memory`.
+    """
+    if shared < SMALL_SHARED_MEMORY:
+        return 0
+    return 128 if dtype is torch.float32 and shared < _LARGE_SHARED_MEMORY else MAX_HEAD
+
+
+def default(kernel: str, *, dtype: torch.dtype, head: int, bias: bool, arch: int, shared: int) -> Config:
     """The tile sizes of a kernel where no table knows better ones.
 
     Args:
@@ -61,25 +85,32 @@ def default(kernel: str, *, dtype: torch.dtype, head: int, bias: bool, arch: int
         head: width of a head, rounded up to a power of two.
         bias: whether a table of biases is added, whose tiles want shared memory.
         arch: as of `triton_runtime.architecture`; 0 is the interpreter.
+        shared: as of `triton_runtime.shared_memory`.
     """
-    return candidates(kernel, dtype=dtype, head=head, bias=bias, arch=arch)[0]
+    return candidates(kernel, dtype=dtype, head=head, bias=bias, arch=arch, shared=shared)[0]
 
 
-def candidates(kernel: str, *, dtype: torch.dtype, head: int, bias: bool, arch: int) -> tuple[Config, ...]:
+def candidates(kernel: str, *, dtype: torch.dtype, head: int, bias: bool, arch: int, shared: int) -> tuple[Config, ...]:
     """What a tuner tries, the default first; arguments as of `default`."""
     if arch == 0:
         return (INTERPRETED,)
-    if arch >= 100 and kernel == OF_KEY and head > 128:
-        # Two sums of 256 columns leave nothing of the tensor memory for a product: in registers they are kept.
-        return (Config({"BLOCK_M": 64, "BLOCK_N": 32}, num_warps=8, num_stages=1),)
-    if arch < 90 and kernel == OF_KEY and head <= 64 and dtype is not torch.float32:
-        # 64 queries and a soft cap would spill thousands of bytes where products take their operands from registers.
-        return tuple(Config({"BLOCK_M": 32, "BLOCK_N": block}, num_warps=8, num_stages=2) for block in (128, 64))
-    if arch >= 100 and kernel == OF_QUERY and dtype is torch.float32:
-        return (Config({"BLOCK_M": 32, "BLOCK_N": 32}, num_warps=8, num_stages=1),)
-    of_dtype = _SINGLE if dtype is torch.float32 else _HALF
     widest = next(width for width in (64, 128, 256) if head <= width)
-    return tuple(
-        Config({"BLOCK_M": block_m, "BLOCK_N": block_n}, num_warps=warps, num_stages=stages)
-        for block_m, block_n, warps, stages in of_dtype[kernel][widest]
-    )
+    single, made_for = dtype is torch.float32, generation(arch)
+    if made_for == 100 and kernel == OF_KEY and head > 128:
+        # Two sums of 256 columns leave nothing of the tensor memory for a product: in registers they are kept.
+        return (_config((64, 32, 8, 1)),)
+    if made_for == 100 and kernel == OF_QUERY and single:
+        return (_config((32, 32, 8, 1)),)
+    if single:
+        return tuple(map(_config, _SINGLE[kernel][widest]))
+    if shared < _LARGE_SHARED_MEMORY and (kernel, widest) in _SMALL:
+        return tuple(map(_config, _SMALL[kernel, widest]))
+    if made_for == 80 and kernel == OF_KEY and head <= 64:
+        # 64 queries and a soft cap would spill thousands of bytes where products take their operands from registers.
+        return tuple(_config((32, block, 8, 2)) for block in (128, 64))
+    return tuple(map(_config, _HALF[kernel][widest]))
+
+
+def _config(sizes: Sizes) -> Config:
+    block_m, block_n, warps, stages = sizes
+    return Config({"BLOCK_M": block_m, "BLOCK_N": block_n}, num_warps=warps, num_stages=stages)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from megaseq.kernels import triton_runtime
-from megaseq.kernels.attention.configs import MAX_HEAD
+from megaseq.kernels.attention.configs import MAX_HEAD, widest_head
 from megaseq.kernels.attention.mask import AttentionMask
 from megaseq.kernels.attention.op import attention_forward
 from megaseq.kernels.attention.relative_bias import RelativeBias
@@ -31,8 +33,9 @@ def unfit(
         return reason
     if query.dtype not in DTYPES:
         return f"its kernels take float32, bfloat16 or float16, not {query.dtype}"
-    if not 0 < query.shape[3] <= MAX_HEAD:
-        return f"its kernels take heads of a width up to {MAX_HEAD}, not {query.shape[3]}"
+    widest = widest_on(query.device, query.dtype)
+    if not 0 < query.shape[3] <= widest:
+        return f"its kernels take heads of a width up to {widest}, not {query.shape[3]}"
     if isinstance(bias, Tensor):
         return "it computes a bias from distances (RelativeBias), and takes no tensor of the bias of every pair"
     if mask is not None and not (mask.query_positions is None and mask.key_positions is None):
@@ -44,6 +47,15 @@ def unfit(
         if count and rows % count:
             return "it wants runs of dropout that begin at the first key of a query"
     return None
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def widest_on(device: torch.device, dtype: torch.dtype) -> int:
+    """The widest head that the kernels take in a dtype on a device."""
+    if device.type != "cuda":
+        return MAX_HEAD
+    properties: Any = torch.cuda.get_device_properties(device)
+    return widest_head(dtype, shared=properties.shared_memory_per_block_optin)
 
 
 def preferred(device: torch.device) -> bool:
@@ -84,7 +96,7 @@ def fused_attention(
         low, high = 1 - mask.window, mask.window - 1
     if mask is not None and mask.causal:
         high = 0
-    biases = (None, None, 0) if bias is None else (bias.table, bias.slopes, bias.first)
+    biases = (None, None, 0) if bias is None else (*bias.readable(), bias.first)
     rate, seed, offset, runs = 0.0, 0, 0, None
     if dropout is not None:
         rate, seed = dropout.rate, mix_key(dropout.key)

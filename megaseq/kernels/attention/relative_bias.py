@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from megaseq.kernels.attention.bias_table import LOG2_E, readable_table
 from megaseq.kernels.checks import check_device, check_floating, check_shape, fail
 
 
@@ -15,7 +16,8 @@ class RelativeBias:
     """A bias for each head and distance: T5's (Raffel et al. 2020) as a table, ALiBi (Press et al. 2022) as slopes.
 
     The distance is the key's place minus the query's, and the last query stands at the last key: query t of T and key s
-    of S are `s - t - (S - T)` apart. Give the same object to all layers of a stack: what `dense` returns is kept.
+    of S are `s - t - (S - T)` apart. Give the same object to all layers of a stack: what `dense` and `readable` return
+    is kept.
     """
 
     table: Tensor | None = None
@@ -26,6 +28,7 @@ class RelativeBias:
     slopes: Tensor | None = None
     """[N]: in place of a table, minus slope times the distance's magnitude; fixed numbers, without gradient."""
     _dense: dict[tuple[int, int], Tensor] = field(default_factory=dict, repr=False)
+    _readable: dict[tuple[int, bool], tuple[Tensor | None, Tensor | None]] = field(default_factory=dict, repr=False)
 
     def check(self, *, num_heads: int, like: Tensor) -> None:
         """Checks that the bias belongs to queries of `num_heads` heads on the device of `like`.
@@ -61,6 +64,28 @@ class RelativeBias:
         if self.table is not None:
             return self.table, self.first
         return self._by_distance(1 - length, max(length, 1)), 1 - length
+
+    def readable(self) -> tuple[Tensor | None, Tensor | None]:
+        """Returns what Triton's kernels read: (`readable_table` of the table or None, slopes of base 2 or None).
+
+        It is made at the first call, and again once the table has changed. A parameter that is itself the table may be
+        changed in ways that do not show, and its readable form is not kept.
+        """
+        given = self.slopes if self.table is None else self.table
+        if given is None or (given.is_leaf and given.requires_grad) or torch.compiler.is_compiling():
+            return self._make_readable()
+        key = (0 if given.is_inference() else given._version, torch.is_grad_enabled())
+        kept = self._readable.get(key)
+        if kept is None:
+            self._readable.clear()
+            kept = self._readable[key] = self._make_readable()
+        return kept
+
+    def _make_readable(self) -> tuple[Tensor | None, Tensor | None]:
+        return (
+            None if self.table is None else readable_table(self.table),
+            None if self.slopes is None else self.slopes.float() * LOG2_E,
+        )
 
     def dense(self, *, query_length: int, key_length: int) -> Tensor:
         """Returns the bias of every pair, [1, N, T, S], made at the first call."""

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from megaseq.kernels.attention import op
+from megaseq.kernels.attention.bias_table import folded, readable_table
 from megaseq.kernels.attention.fused import UNBOUNDED
 from megaseq.kernels.attention.ranges import segment_ranges
 from megaseq.kernels.attention.ring_tiles import RingSettings, Tile, first_weights, tiles
@@ -31,7 +32,7 @@ class _KernelRing(torch.autograd.Function):
     def forward(
         ctx: Any, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, settings: RingSettings
     ) -> Tensor:
-        table = None if bias is None else bias.float()
+        table = None if bias is None else readable_table(bias)
         batch, length, heads, _ = query.shape
         total = torch.zeros(query.shape, dtype=torch.float32, device=query.device)
         log_sum = torch.full((batch, heads, length), float("-inf"), device=query.device)
@@ -53,7 +54,7 @@ class _KernelRing(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, bias, output, log_sum = ctx.saved_tensors
         settings: RingSettings = ctx.settings
-        table = None if bias is None else bias.float()
+        table = None if bias is None else readable_table(bias)
         of_query = torch.zeros(query.shape, dtype=torch.float32, device=query.device)
         of_table = None if table is None or not ctx.needs_input_grad[3] else torch.zeros_like(table)
         held = [key.contiguous(), value.contiguous()]
@@ -74,7 +75,7 @@ class _KernelRing(torch.autograd.Function):
             if waiting is not None:
                 held = waiting()
             travelling = travelled()
-        of_bias = None if of_table is None else of_table.to(bias.dtype)
+        of_bias = None if of_table is None else folded(of_table).to(bias.dtype)
         return of_query.to(query.dtype), travelling[0].to(key.dtype), travelling[1].to(value.dtype), of_bias, None
 
 

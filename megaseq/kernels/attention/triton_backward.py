@@ -8,6 +8,7 @@ Each program adds into a row of its own, and the rows are summed afterwards in a
 from __future__ import annotations
 
 from megaseq.kernels.attention.triton_parts import (
+    LN_2,
     LOG2_E,
     TABLE_PAD,
     dropout_rows,
@@ -23,7 +24,8 @@ from megaseq.kernels.triton_runtime import tl, triton
 
 @triton.jit
 def _add_diagonals(PARTS, ds, tile, tile_m, shift, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Adds the sums of a tile's diagonals to a row of sums by distance; PARTS points at distance 0."""
+    """Adds the sums of a tile's diagonals, made the gradient of biases of base 2, to a row of sums by distance; PARTS
+    points at distance 0."""
     i = tl.arange(0, BLOCK_M)[:, None]
     c = tl.arange(0, BLOCK_N)[None, :]
     # Turns row i by i places: in column c stand the distances c, c - BLOCK_N, c - 2 BLOCK_N, ... of the tile's corner.
@@ -32,7 +34,7 @@ def _add_diagonals(PARTS, ds, tile, tile_m, shift, BLOCK_M: tl.constexpr, BLOCK_
     corner = tile * BLOCK_N - tile_m * BLOCK_M - shift
     for turn in tl.static_range((BLOCK_M + BLOCK_N - 2) // BLOCK_N + 1):
         sums = tl.sum(tl.where(turns == turn, turned, 0.0), 0)
-        tl.atomic_add(PARTS + corner - turn * BLOCK_N + tl.arange(0, BLOCK_N), sums, sem="relaxed")
+        tl.atomic_add(PARTS + corner - turn * BLOCK_N + tl.arange(0, BLOCK_N), sums * LN_2, sem="relaxed")
 
 
 @triton.jit
@@ -84,14 +86,13 @@ def _query_update(
 @triton.jit(
     do_not_specialize=[
         "T", "S", "shift", "low", "high", "first", "width", "key", "offset", "run_rows", "threshold", "parts_rows",
-        "parts_pad",
     ]
 )  # fmt: skip
 def attention_backward_query(
     Q, K, V, OUTPUT, LOG_SUM, OF_OUTPUT, OF_LOG_SUM, DELTA, DQ, PARTS,
     QUERY_IDS, KEY_IDS, RANGES, TABLE, SLOPES, RUNS,
     q_sb, q_st, q_sn, k_sb, k_ss, k_sn, v_sb, v_ss, v_sn, do_sb, do_st, do_sn,
-    T, S, N, GROUP, shift, low, high, first, width, parts_rows, parts_pad, raw_scale, scale, cap,
+    T, S, N, GROUP, shift, low, high, first, width, parts_rows, raw_scale, scale, cap,
     key, offset, run_rows, threshold, inverse_kept,
     HEAD: tl.constexpr, BLOCK_D: tl.constexpr, GRANULE: tl.constexpr, HAS_CAP: tl.constexpr,
     LOW: tl.constexpr, HIGH: tl.constexpr, DROP: tl.constexpr,
@@ -101,7 +102,7 @@ def attention_backward_query(
 
     As `attention_forward`, and: OUTPUT, DQ [B, T, N, H] contiguous; OF_OUTPUT the gradient of OUTPUT by strides,
     OF_LOG_SUM that of LOG_SUM or none; DELTA float32 [B, N, T], the sum over a query's keys of weight times the
-    weight's gradient; PARTS float32 [N, parts_rows, width + 2 parts_pad], zeros, or none, for the table.
+    weight's gradient; PARTS float32 [N, parts_rows, width + 2 TABLE_PAD], zeros, or none, for the table.
     """
     HAS_IDS: tl.constexpr = RANGES is not None
     HAS_TABLE: tl.constexpr = TABLE is not None
@@ -153,7 +154,7 @@ def attention_backward_query(
     near_stop = tl.minimum(tl.maximum(all_near_stop, near), whole_stop)
     if OF_TABLE:
         part = h * parts_rows + (b.to(tl.int32) * count + tile_m) % parts_rows
-        PARTS += part.to(tl.int64) * (width + 2 * parts_pad) + parts_pad - first
+        PARTS += part.to(tl.int64) * (width + 2 * TABLE_PAD) + TABLE_PAD - first
     dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     left, right = tl.zeros((BLOCK_M,), tl.float32), tl.zeros((BLOCK_M,), tl.float32)
     for i in range(0, near - whole + whole_stop - near_stop):
@@ -184,8 +185,8 @@ def attention_backward_query(
         )  # fmt: skip
     tl.store(DQ + place, (dq * raw_scale).to(DQ.dtype.element_ty), mask=(m[:, None] < T) & (column[None, :] < HEAD))
     if OF_TABLE:
-        tl.atomic_add(PARTS + first, tl.sum(left, 0), sem="relaxed")
-        tl.atomic_add(PARTS + first + width - 1, tl.sum(right, 0), sem="relaxed")
+        tl.atomic_add(PARTS + first, tl.sum(left, 0) * LN_2, sem="relaxed")
+        tl.atomic_add(PARTS + first + width - 1, tl.sum(right, 0) * LN_2, sem="relaxed")
 
 
 @triton.jit

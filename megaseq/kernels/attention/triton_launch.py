@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from megaseq.kernels import triton_runtime
 from megaseq.kernels.attention import configs
+from megaseq.kernels.attention.bias_table import LOG2_E, TABLE_PAD
 from megaseq.kernels.attention.ranges import GRANULE
 from megaseq.kernels.attention.triton_backward import attention_backward_key, attention_backward_query
 from megaseq.kernels.attention.triton_forward import attention_forward
-from megaseq.kernels.attention.triton_parts import LOG2_E as _LOG2_E
 from megaseq.kernels.attention.triton_parts import NEVER
-from megaseq.kernels.attention.triton_parts import TABLE_PAD as _TABLE_PAD
 from megaseq.kernels.dropout.reference import threshold_of
 
-LOG2_E: float = _LOG2_E.value
-TABLE_PAD: int = _TABLE_PAD.value
 UNBOUNDED: int = NEVER.value
 """A distance that no pair has."""
 MAX_PARTS = 1 << 24
@@ -28,7 +25,7 @@ MAX_PARTS = 1 << 24
 add is not fixed."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class Call:
     """What both passes take; the ops in `op.py` say what each is."""
 
@@ -65,60 +62,85 @@ class Call:
 
     def config(self, kernel: str) -> triton_runtime.Config:
         """The tile sizes of a kernel."""
-        dtype, head = self.query.dtype, configs.padded(self.query.shape[3])
-        bias, dropout = self.table is not None, self.rate > 0.0
-        arch = triton_runtime.architecture()
-        default = configs.default(kernel, dtype=dtype, head=head, bias=bias, arch=arch)
-        name = configs.key_of(dtype=dtype, head=head, bias=bias, dropout=dropout)
-        return triton_runtime.config(kernel, key=name, default=default)
+        arch, shared = triton_runtime.architecture(), triton_runtime.shared_memory()
+        settings = (self.query.dtype, self.query.shape[3], self.table is not None, self.rate > 0.0, arch, shared)
+        key, default = _key_and_default(kernel, *settings)
+        return triton_runtime.config(kernel, key=key, default=default)
 
     def arguments(self) -> dict[str, Any]:
         """The arguments that all kernels take, but the tensors."""
-        batch, queries, keys, heads = self.sizes
-        width = self.query.shape[3]
+        query, key, value = self.query, self.key, self.value
+        fixed = _fixed_arguments(
+            query.shape, query.stride(), key.shape, key.stride(), value.stride(),
+            0 if self.table is None else self.table.shape[1] - 2 * TABLE_PAD,
+            0 if self.runs is None else self.runs.numel(),
+            self.scale, self.soft_cap, self.shift, self.low, self.high, self.first, self.rate,
+        )  # fmt: skip
+        return {**fixed, "key": self.dropout_key, "offset": self.dropout_offset}
+
+
+@functools.lru_cache(maxsize=256)
+def _key_and_default(
+    kernel: str, dtype: torch.dtype, head: int, bias: bool, dropout: bool, arch: int, shared: int
+) -> tuple[str, triton_runtime.Config]:
+    """Under which name a table has the tile sizes of a kernel, and those for where none has: kept, as each layer
+    asks."""
+    head = configs.padded(head)
+    default = configs.default(kernel, dtype=dtype, head=head, bias=bias, arch=arch, shared=shared)
+    return configs.key_of(dtype=dtype, head=head, bias=bias, dropout=dropout), default
+
+
+@functools.lru_cache(maxsize=256)
+def _fixed_arguments(
+    query: torch.Size,
+    query_strides: tuple[int, ...],
+    key: torch.Size,
+    key_strides: tuple[int, ...],
+    value_strides: tuple[int, ...],
+    table_width: int,
+    num_runs: int,
+    scale: float,
+    soft_cap: float,
+    shift: int,
+    low: int,
+    high: int,
+    first: int,
+    rate: float,
+) -> dict[str, Any]:
+    """What layers and steps have in common: kept, as to put it together takes longer than all else."""
+    batch, queries, heads, width = query
+    return {
+        **_named(query_strides, name="q", axes="btn"),
+        **_named(key_strides, name="k", axes="bsn"),
+        **_named(value_strides, name="v", axes="bsn"),
+        "T": queries,
+        "S": key[1],
+        "N": heads,
+        "GROUP": heads // key[2],
+        "shift": shift,
+        "low": low,
+        "high": high,
+        "first": first,
+        "width": table_width,
         # What tanh takes is no power of two; what it gives is.
-        scale = self.scale / self.soft_cap if self.soft_cap else self.scale * LOG2_E
-        runs = 0 if self.runs is None else batch * heads * queries // self.runs.numel()
-        return {
-            **strides_of(self.query, name="q", axes="btn"),
-            **strides_of(self.key, name="k", axes="bsn"),
-            **strides_of(self.value, name="v", axes="bsn"),
-            "T": queries,
-            "S": keys,
-            "N": heads,
-            "GROUP": heads // self.key.shape[2],
-            "shift": self.shift,
-            "low": self.low,
-            "high": self.high,
-            "first": self.first,
-            "width": 0 if self.table is None else self.table.shape[1],
-            "scale": scale,
-            "cap": self.soft_cap * LOG2_E,
-            "key": self.dropout_key,
-            "offset": self.dropout_offset,
-            "run_rows": runs,
-            "threshold": threshold_of(self.rate),
-            "inverse_kept": 1.0 / (1.0 - self.rate),
-            "HEAD": width,
-            "BLOCK_D": configs.padded(width),
-            "GRANULE": GRANULE,
-            "HAS_CAP": self.soft_cap > 0.0,
-            "LOW": self.low > -UNBOUNDED,
-            "HIGH": self.high < UNBOUNDED,
-            "DROP": self.rate > 0.0,
-        }
-
-    def biases(self) -> tuple[Tensor | None, Tensor | None]:
-        """Table, each end of it repeated, and slopes, as the kernels read them: float32, of base 2."""
-        table, slopes = self.table, self.slopes
-        if table is not None:
-            table = functional.pad((table.float() * LOG2_E)[None], (TABLE_PAD, TABLE_PAD), mode="replicate")[0]
-        return table, None if slopes is None else slopes.float() * LOG2_E
+        "scale": scale / soft_cap if soft_cap else scale * LOG2_E,
+        "cap": soft_cap * LOG2_E,
+        "run_rows": batch * heads * queries // num_runs if num_runs else 0,
+        "threshold": threshold_of(rate),
+        "inverse_kept": 1.0 / (1.0 - rate),
+        "HEAD": width,
+        "BLOCK_D": configs.padded(width),
+        "GRANULE": GRANULE,
+        "HAS_CAP": soft_cap > 0.0,
+        "LOW": low > -UNBOUNDED,
+        "HIGH": high < UNBOUNDED,
+        "DROP": rate > 0.0,
+    }
 
 
-def strides_of(tensor: Tensor, *, name: str, axes: str) -> dict[str, int]:
+def _named(strides: tuple[int, ...], *, name: str, axes: str) -> dict[str, int]:
     """The strides of all but the last axis as arguments of a kernel."""
-    return {f"{name}_s{axis}": tensor.stride(dim) for dim, axis in enumerate(axes)}
+    return {f"{name}_s{axis}": stride for axis, stride in zip(axes, strides, strict=False)}
 
 
 @triton_runtime.on_its_device
@@ -129,12 +151,11 @@ def launch_forward(call: Call) -> tuple[Tensor, Tensor]:
     log_sum = torch.empty((batch, heads, queries), dtype=torch.float32, device=call.query.device)
     if output.numel() == 0 or keys == 0:
         return output.zero_(), log_sum.fill_(float("-inf"))
-    table, slopes = call.biases()
     config = call.config(configs.FORWARD)
     programs = -(-queries // config.blocks["BLOCK_M"]) * batch * heads
     attention_forward[(programs,)](
         call.query, call.key, call.value, output, log_sum,
-        call.query_ids, call.key_ids, call.key_ranges, table, slopes, call.runs,
+        call.query_ids, call.key_ids, call.key_ranges, call.table, call.slopes, call.runs,
         **call.arguments(), **config.arguments(),
     )  # fmt: skip
     return output, log_sum
@@ -144,7 +165,7 @@ def launch_forward(call: Call) -> tuple[Tensor, Tensor]:
 def launch_backward(
     call: Call, *, output: Tensor, log_sum: Tensor, of_output: Tensor, of_log_sum: Tensor | None, trained: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Returns the gradients of query, key and value, and that of the table, float32 [N, W], if it is `trained`.
+    """Returns the gradients of query, key and value, and that of the table, if it is `trained`.
 
     Args:
         call: as of the forward pass.
@@ -157,49 +178,31 @@ def launch_backward(
     dq, dk, dv = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (call.query, call.key, call.value))
     batch, queries, keys, heads = call.sizes
     if dq.numel() == 0 or dk.numel() == 0:
-        of_table = (
-            call.table.new_zeros(call.table.shape, dtype=torch.float32) if trained and call.table is not None else None
-        )
+        of_table = torch.zeros_like(call.table) if trained and call.table is not None else None
         return dq.zero_(), dk.zero_(), dv.zero_(), of_table
-    table, slopes = call.biases()
     delta = torch.empty_like(log_sum)
-    common = {
-        **call.arguments(),
-        **strides_of(of_output, name="do", axes="btn"),
-        "raw_scale": call.scale,
-    }
+    do_sb, do_st, do_sn, _ = of_output.stride()
+    common = {**call.arguments(), "do_sb": do_sb, "do_st": do_st, "do_sn": do_sn, "raw_scale": call.scale}
     config = call.config(configs.OF_QUERY)
     tiles = -(-queries // config.blocks["BLOCK_M"])
-    pad = config.blocks["BLOCK_M"] + config.blocks["BLOCK_N"]
-    parts = _parts(call, programs=batch * tiles, pad=pad) if trained else None
+    parts = _parts(call.table, programs=batch * tiles) if trained and call.table is not None else None
     attention_backward_query[(tiles * batch * heads,)](
         call.query, call.key, call.value, output, log_sum, of_output, of_log_sum, delta, dq, parts,
-        call.query_ids, call.key_ids, call.key_ranges, table, slopes, call.runs,
-        **common, parts_rows=1 if parts is None else parts.shape[1], parts_pad=pad, **config.arguments(),
+        call.query_ids, call.key_ids, call.key_ranges, call.table, call.slopes, call.runs,
+        **common, parts_rows=1 if parts is None else parts.shape[1], **config.arguments(),
     )  # fmt: skip
     config = call.config(configs.OF_KEY)
     tiles = -(-keys // config.blocks["BLOCK_N"])
     attention_backward_key[(tiles * batch * call.key.shape[2],)](
         call.query, call.key, call.value, log_sum, of_output, delta, dk, dv,
-        call.query_ids, call.key_ids, call.query_ranges, table, slopes, call.runs,
+        call.query_ids, call.key_ids, call.query_ranges, call.table, call.slopes, call.runs,
         **common, **config.arguments(),
     )  # fmt: skip
-    return dq, dk, dv, None if parts is None else _joined(parts, pad=pad)
+    return dq, dk, dv, None if parts is None else parts.sum(dim=1)
 
 
-def _parts(call: Call, *, programs: int, pad: int) -> Tensor | None:
-    """Zeros for the programs of each head to sum the table's gradient in: [N, rows, W + 2 pad]."""
-    if call.table is None:
-        return None
-    heads, width = call.table.shape
-    rows = min(programs, max(1, MAX_PARTS // (heads * (width + 2 * pad))))
-    return torch.zeros((heads, rows, width + 2 * pad), dtype=torch.float32, device=call.table.device)
-
-
-def _joined(parts: Tensor, *, pad: int) -> Tensor:
-    """The table's gradient [N, W]: the sum of all parts, with what lies beyond the ends at the ends."""
-    total = parts.sum(dim=1)
-    gradient = total[:, pad:-pad].clone()
-    gradient[:, 0] += total[:, :pad].sum(dim=1)
-    gradient[:, -1] += total[:, -pad:].sum(dim=1)
-    return gradient
+def _parts(table: Tensor, *, programs: int) -> Tensor:
+    """Zeros for the programs of each head to sum the table's gradient in: [N, rows, W + 2 TABLE_PAD]."""
+    heads, width = table.shape
+    rows = min(programs, max(1, MAX_PARTS // (heads * width)))
+    return torch.zeros((heads, rows, width), dtype=torch.float32, device=table.device)

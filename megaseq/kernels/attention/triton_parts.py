@@ -6,14 +6,14 @@ and sums are of base 2: exp2 is one instruction, and log2(e) is a part of factor
 
 from __future__ import annotations
 
+from megaseq.kernels.attention import bias_table
 from megaseq.kernels.dropout.reference import FIRST_MULTIPLIER, HIGH_STRIDE, SECOND_MULTIPLIER, STRIDE
 from megaseq.kernels.triton_runtime import tl, triton
 
-LOG2_E = tl.constexpr(1.4426950408889634)
+LOG2_E = tl.constexpr(bias_table.LOG2_E)
 LN_2 = tl.constexpr(0.6931471805599453)
 NEVER = tl.constexpr(1 << 30)
-TABLE_PAD = tl.constexpr(256)
-"""Columns that repeat each end of a table, so that no distance of a tile that touches it is outside."""
+TABLE_PAD = tl.constexpr(bias_table.TABLE_PAD)
 _STRIDE = tl.constexpr(STRIDE)
 _FIRST = tl.constexpr(FIRST_MULTIPLIER)
 _SECOND = tl.constexpr(SECOND_MULTIPLIER)

@@ -9,7 +9,7 @@ from megaseq.kernels.checks import check_device, check_floating, check_shape, fa
 from megaseq.kernels.dispatch import choose, undirected
 from megaseq.kernels.norm import apex
 from megaseq.kernels.norm.configs import WIDEST
-from megaseq.kernels.norm.op import triton_norm, triton_norm_quantize
+from megaseq.kernels.norm.op import run_norm, triton_norm_quantize
 from megaseq.kernels.norm.reference import precise_norm, reference_norm
 from megaseq.kernels.norm.settings import NormKind, QuantizedNorm
 from megaseq.kernels.quantize import lacks_e4m3
@@ -48,7 +48,7 @@ def norm(x: Tensor, *, weight: Tensor, bias: Tensor | None = None, kind: NormKin
     _check(x, weight=weight, bias=bias, residual=None, op=_OP)
     chosen = _choose(x, weight=weight, bias=bias, residual=None, kind=kind)
     if chosen == "triton":
-        y: Tensor = triton_norm(x, None, weight, bias, kind.eps, kind.centred, kind.add_one)[0]
+        y: Tensor = run_norm(x, None, weight, bias, kind.eps, kind.centred, kind.add_one)[0]
         return y
     run = {"torch": _torch_norm, "apex": apex.apex_norm, "reference": reference_norm}[chosen]
     return run(x, weight=weight, bias=bias, kind=kind)
@@ -77,7 +77,7 @@ def add_norm(
         return norm(total, weight=weight, bias=bias, kind=kind), total
     _check(x, weight=weight, bias=bias, residual=residual, op="add_norm")
     if _choose(x, weight=weight, bias=bias, residual=residual, kind=kind) == "triton":
-        y, total, *_ = triton_norm(x, residual, weight, bias, kind.eps, kind.centred, kind.add_one)
+        y, total, *_ = run_norm(x, residual, weight, bias, kind.eps, kind.centred, kind.add_one)
         return y, total
     total = residual + x
     return norm(total, weight=weight, bias=bias, kind=kind), total

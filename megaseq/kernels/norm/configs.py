@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 from megaseq.kernels.triton_runtime import Config
 
 WIDEST = 8192
@@ -24,6 +26,7 @@ def configs(width: int) -> tuple[Config, ...]:
     return tuple({(entry.blocks["ROWS"], entry.num_warps): entry for entry in found}.values())
 
 
+@functools.cache
 def default(width: int) -> Config:
     """For rows of `width` elements: 2048 elements by 4 warps, or one row by as many warps as keep it in registers."""
     columns = columns_of(width)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megaseq.kernels.functions import direct
 from megaseq.kernels.norm.configs import columns_of, default
 from megaseq.kernels.norm.settings import NormKind
 from megaseq.kernels.quantize.formats import FORMATS, SMALLEST_SCALE
@@ -153,7 +154,12 @@ def launch_backward(
 
 
 def _key(x: Tensor, *, kind: NormKind) -> str:
-    return f"{kind_of(x.dtype)},D={x.shape[-1]},{'layer' if kind.centred else 'rms'}"
+    return _name(x.dtype, x.shape[-1], kind.centred)
+
+
+@functools.lru_cache(maxsize=256)
+def _name(dtype: torch.dtype, width: int, centred: bool) -> str:
+    return f"{kind_of(dtype)},D={width},{'layer' if centred else 'rms'}"
 
 
 def num_programs(tiles: int, *, device: torch.device) -> int:
@@ -170,8 +176,7 @@ def _num_processors(device: torch.device) -> int:
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
-@torch.library.custom_op("megaseq::norm", mutates_args=())
-def triton_norm(
+def _run(
     x: Tensor,
     residual: Tensor | None,
     weight: Tensor,
@@ -195,6 +200,9 @@ def triton_norm(
     return y, total, mean, rstd
 
 
+triton_norm = torch.library.custom_op("megaseq::norm", _run, mutates_args=())
+
+
 @triton_norm.register_fake
 def _outputs(
     x: Tensor,
@@ -213,8 +221,7 @@ def _outputs(
     return y, total, mean, x.new_empty(num_rows, dtype=torch.float32)
 
 
-@torch.library.custom_op("megaseq::norm_backward", mutates_args=())
-def triton_norm_backward(
+def _run_backward(
     dy: Tensor,
     dtotal: Tensor | None,
     total: Tensor,
@@ -244,6 +251,9 @@ def triton_norm_backward(
         if part is not None:
             torch.sum(part, dim=0, out=gradient)
     return ds, dweight, dbias
+
+
+triton_norm_backward = torch.library.custom_op("megaseq::norm_backward", _run_backward, mutates_args=())
 
 
 @triton_norm_backward.register_fake
@@ -281,7 +291,7 @@ def _gradients(ctx: Any, dy: Tensor | None, dtotal: Tensor | None, *_: Tensor | 
     dy = torch.zeros_like(total) if dy is None else dy
     # Without a residual no sum was returned that could have a gradient.
     dtotal = None if ctx.dtypes[1] is None else dtotal
-    ds, dweight, dbias = triton_norm_backward(dy, dtotal, total, weight, mean, rstd, *ctx.kind, wanted)
+    ds, dweight, dbias = run_norm_backward(dy, dtotal, total, weight, mean, rstd, *ctx.kind, wanted)
     found = [
         gradient.to(dtype) if dtype is not None and needed else None
         for gradient, dtype, needed in zip((ds, ds, dweight, dbias), ctx.dtypes, ctx.needs_input_grad, strict=False)
@@ -290,6 +300,11 @@ def _gradients(ctx: Any, dy: Tensor | None, dtotal: Tensor | None, *_: Tensor | 
 
 
 triton_norm.register_autograd(_gradients, setup_context=_remember)
+
+run_norm = direct(triton_norm, run=_run, keep=_remember, differentiate=_gradients)
+"""The operator, for `norm`."""
+run_norm_backward = direct(triton_norm_backward, run=_run_backward)
+"""Likewise its gradient."""
 
 
 @torch.library.custom_op("megaseq::norm_quantize", mutates_args=())

@@ -12,6 +12,8 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
+from tests.kernels.ahead_of_time.figures import SHARED_LIMIT
+
 SHORT = {"bfloat16": "bf16", "float8_e4m3fn": "e4m3", "float8_e5m2": "e5m2", "uint8": "u8", "bool": "i1"}
 FUSED = ("enable_fp_fusion", True)
 
@@ -33,6 +35,7 @@ class CompilingDriver:
 
     def __init__(self, architecture: int) -> None:
         self.target = GPUTarget("cuda", architecture, 32)
+        self.utils = self
 
     def get_current_target(self) -> GPUTarget:
         return self.target
@@ -42,6 +45,9 @@ class CompilingDriver:
 
     def get_current_stream(self, device: int) -> int:
         return 0
+
+    def get_device_properties(self, device: int) -> dict[str, int]:
+        return {"max_shared_mem": SHARED_LIMIT[self.target.arch]}
 
     def get_active_torch_device(self) -> torch.device:
         return torch.device("cpu")

@@ -15,7 +15,7 @@ import triton
 from triton.backends.nvidia.compiler import get_ptxas
 
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
-SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+SHARED_LIMIT = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
 """Bytes of shared memory that a block may have, from NVIDIA's tuning guides of the architectures."""
 TENSOR_CORES = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
 """The instruction of each architecture that multiplies matrices at full speed."""
@@ -95,11 +95,15 @@ def figures(compiled: Any, *, architecture: int, remembered: Path) -> dict[str, 
     }
 
 
+def too_large(shared_bytes: int, *, architecture: int) -> list[str]:
+    """What is wrong with a kernel that takes so much shared memory, if anything is."""
+    limit = SHARED_LIMIT[architecture]
+    return [f"takes {shared_bytes} bytes of shared memory, of {limit} that exist"] if shared_bytes > limit else []
+
+
 def problems(row: Row, *, spill_budget: int, wants_tensor_cores: bool) -> list[str]:
     """What is wrong with a row, in sentences."""
-    found = []
-    if row.shared_bytes > SHARED_LIMIT[row.architecture]:
-        found.append(f"takes {row.shared_bytes} bytes of shared memory, of {SHARED_LIMIT[row.architecture]} that exist")
+    found = too_large(row.shared_bytes, architecture=row.architecture)
     if row.spill_bytes > spill_budget:
         found.append(f"spills {row.spill_bytes} bytes, of {spill_budget} that its case allows")
     if wants_tensor_cores and not row.tensor_cores:

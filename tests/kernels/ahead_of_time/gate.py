@@ -21,6 +21,8 @@ from tests.kernels.ahead_of_time.figures import COLUMNS
 
 ROOT = Path(__file__).parents[3]
 ARCHITECTURES = (80, 90, 100)
+SMALL = (89, 120)
+"""Cards with less shared memory, of which only is asked whether what would be launched there fits."""
 TABLES = ROOT / "tests/goldens/kernels" / f"triton-{triton.__version__}"
 """One file for each op: what its kernels take of each architecture when this version of Triton compiles them."""
 COMMAND = "python -m tests.kernels.ahead_of_time.gate"
@@ -66,6 +68,11 @@ def compile_for(architectures: Sequence[int], *, options: Sequence[str] = ()) ->
     return lines, wrong
 
 
+def check_launched(*, options: Sequence[str] = ()) -> list[str]:
+    """What is wrong with what would be launched on small cards."""
+    return compile_for(SMALL, options=["--launched", *options])[1]
+
+
 def tables(lines: Sequence[str]) -> dict[str, str]:
     """The kept form, by op: a header, then the rows in order, all architectures of a kernel beside each other."""
     columns = len(COLUMNS)
@@ -95,6 +102,7 @@ def main() -> int:
     if unknown:
         parser.error(f"OP must have kernels, but is {unknown}; take of {', '.join(ops_with_kernels())}")
     lines, wrong = compile_for(ARCHITECTURES, options=["--ops", *ops] if ops else [])
+    wrong += check_launched(options=["--ops", *ops] if ops else [])
     TABLES.mkdir(exist_ok=True)
     for op in () if ops else kept().keys() - tables(lines).keys():
         (TABLES / f"{op}.tsv").unlink()

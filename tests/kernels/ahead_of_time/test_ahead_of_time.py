@@ -101,6 +101,20 @@ def test_a_search_whose_batch_shrinks_compiles_few_kernels() -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
+def test_what_is_launched_on_small_cards_fits() -> None:
+    assert gate.check_launched() == []
+
+
+@pytest.mark.slow
+def test_what_does_not_fit_a_small_card_is_named() -> None:
+    wrong = gate.check_launched(options=WRONG)
+    large = [line for line in wrong if "multiply of large" in line]
+    assert len(large) == 2 and all("of 101376 that exist" in line for line in large)
+    assert sum("changes_its_type" in line for line in wrong) == 2 and len(wrong) == 4
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_all_kernels_compile_to_what_the_tables_say() -> None:
     lines, wrong = gate.compile_for(gate.ARCHITECTURES)
     assert wrong == []

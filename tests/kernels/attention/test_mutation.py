@@ -9,7 +9,7 @@ import pytest
 from tests.kernels.mutation import Mutant, problems
 
 FORWARD, BACKWARD = "kernels/attention/triton_forward.py", "kernels/attention/triton_backward.py"
-PARTS, LAUNCH, RANGES = (f"kernels/attention/{name}.py" for name in ("triton_parts", "triton_launch", "ranges"))
+PARTS, TABLE, RANGES = (f"kernels/attention/{name}.py" for name in ("triton_parts", "bias_table", "ranges"))
 
 NAMES = (
     "table_packed_causal",
@@ -105,7 +105,7 @@ MUTANTS = (
         "mask=(place[:, None] < stop) & (column[None, :] < HEAD)",
     ),
     Mutant("the high word is that of the row's start", PARTS, "tl.where(column > limit, beyond, here)", "here"),
-    Mutant("ends of a table are lost", LAUNCH, "gradient[:, -1] += total[:, -pad:].sum(dim=1)", "pass"),
+    Mutant("ends of a table are lost", TABLE, "inner[:, -1] += scaled[:, -TABLE_PAD:].sum(dim=1)", "pass"),
     Mutant("the run goes on", RANGES, "values[:, 1:] != values[:, :-1]", "values[:, 1:] < values[:, :-1]"),
     Mutant(
         "the range starts too late",

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from megaseq.kernels import triton_runtime
 from megaseq.kernels.attention import AttentionMask, RelativeBias, attention, attention_with_log_sum
+from megaseq.kernels.attention.bias_table import TABLE_PAD
 from megaseq.kernels.attention.cases import CASES, FUSED_CASES, AttentionCase
 from megaseq.kernels.checks import KernelError
 from megaseq.kernels.dropout import DropoutMask
@@ -243,7 +244,7 @@ def operator_arguments(device: torch.device) -> tuple[Any, ...]:
     ranges = moved(case.mask(), device=device).ranges(query_length=6, key_length=6)
     assert ranges is not None
     segments = (ranges.query_ids, ranges.key_ids, ranges.key_ranges, ranges.query_ranges)
-    table = torch.zeros(2, 5, device=device, requires_grad=True)
+    table = torch.zeros(2, 5 + 2 * TABLE_PAD, device=device, requires_grad=True)
     return (*tensors, *segments, table, None, None, 0.25, 0.0, 0, -(1 << 30), 0, -2, 0.1, 99, 0)
 
 
