@@ -79,6 +79,24 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def cores_of_rank(place: Place, *, environment: Mapping[str, str]) -> int:
+    """Returns the cores for one of a machine's processes: its share, or all that Slurm has bound it to.
+
+    Args:
+        place: of this process.
+        environment: of this process.
+    """
+    own = cores()
+    if place.launcher == "slurm":
+        asked, on_node = (environment.get(f"SLURM_CPUS_{name}", "") for name in ("PER_TASK", "ON_NODE"))
+        if asked.isdecimal():
+            # Less where Slurm has bound the task to fewer; without binding it may run on those of the others too.
+            return max(1, min(own, int(asked)))
+        if on_node.isdecimal() and own < int(on_node):
+            return own
+    return max(1, own // place.local_size)
+
+
 def spawn(arguments: Sequence[str], *, batch: Batch) -> int:
     """Runs `megaseq ARGUMENTS` as every process of `batch`; returns the exit code of the first that failed, or 0."""
     store: Any = None

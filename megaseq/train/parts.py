@@ -14,7 +14,7 @@ from megaseq.data.input import Input
 from megaseq.data.vocabulary import Vocabulary
 from megaseq.decode import Search
 from megaseq.parallel.process import current_team
-from megaseq.parallel.spawn import cores
+from megaseq.parallel.spawn import cores_of_rank
 from megaseq.tasks.base import BaseTask
 from megaseq.train.experiment import Run
 from megaseq.train.host_memory import keep_freed_memory
@@ -37,7 +37,7 @@ def set_up_process(params: Run.Params) -> None:
     if params.train.num_threads:
         torch.set_num_threads(params.train.num_threads)
     elif place.local_size > 1 and "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, cores() // place.local_size))
+        torch.set_num_threads(cores_of_rank(place, environment=os.environ))
     torch.set_flush_denormal(True)
 
 

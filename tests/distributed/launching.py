@@ -50,11 +50,15 @@ sys.exit(max(process.wait() for process in running))
 """
 
 FAKE_SRUN = f"""#!{sys.executable}
-# Runs the command as SLURM_NTASKS tasks with what Slurm tells each, on FAKE_NODES nodes; passes signals on.
+# Runs the command as SLURM_NTASKS tasks with what Slurm tells each, on FAKE_NODES nodes; passes signals on. As since
+# Slurm 22.05, a task has the cores of --cpus-per-task or SRUN_CPUS_PER_TASK, else one, whatever the job was given.
 import os, signal, subprocess, sys
 arguments = sys.argv[1:]
 tasks, nodes = int(os.environ["SLURM_NTASKS"]), int(os.environ.get("FAKE_NODES", "1"))
+cores = os.environ.get("SRUN_CPUS_PER_TASK", "1")
 while arguments[0].startswith("-"):
+    if arguments[0].startswith("--cpus-per-task="):
+        cores = arguments[0].partition("=")[2]
     if arguments[0] == "-n":
         tasks = int(arguments[1])
         del arguments[0]
@@ -72,6 +76,7 @@ for rank in range(tasks):
                 "SLURM_LOCALID": str(rank % each),
                 "SLURM_NODEID": str(rank // each),
                 "SLURM_STEP_ID": "0",
+                "SLURM_CPUS_PER_TASK": cores,
                 "SLURM_STEP_NUM_TASKS": str(tasks),
                 "SLURM_STEP_TASKS_PER_NODE": f"{{each}}(x{{nodes}})",
                 "SLURM_STEP_NODELIST": "localhost" if nodes == 1 else "localhost,localhost2",

@@ -151,6 +151,23 @@ def batch_environment(programs: Path, *, tmp_path: Path, tasks: int) -> dict[str
     )
 
 
+@pytest.mark.parametrize(
+    ("given", "cores"),
+    [({"SLURM_CPUS_PER_TASK": "8"}, "8"), ({}, "1"), ({"SLURM_CPUS_PER_TASK": "8", "SRUN_CPUS_PER_TASK": "4"}, "4")],
+)
+def test_slurm_tasks_have_the_cores_that_the_job_was_given(
+    given: dict[str, str], cores: str, tmp_path: Path, programs: Path
+) -> None:
+    log = tmp_path / "log"
+    write_program(programs / "megaseq", '#!/bin/sh\necho "task $SLURM_PROCID: $SLURM_CPUS_PER_TASK cores: $*"\n')
+    env = batch_environment(programs, tmp_path=tmp_path, tasks=2)
+    env = {name: value for name, value in env.items() if "CPUS_PER_TASK" not in name} | given
+    command = ["bash", "launch/slurm/train.sbatch", "quickstart.Numbers", "seed=2"]
+    code, text = finish(start(command, log=log, env=env), log=log)
+    assert code == 0, text
+    assert sorted(text.splitlines()) == [f"task {n}: {cores} cores: train quickstart.Numbers seed=2" for n in range(2)]
+
+
 @pytest.mark.slow
 def test_slurm_requeues_and_goes_on(cache: Path, tmp_path: Path, programs: Path) -> None:
     run_dir, log = tmp_path / "run", tmp_path / "log"
