@@ -14,5 +14,10 @@ shift
 # A typing error is told in one line here, and in a traceback by the launcher.
 megaseq hosts "$hostfile"
 
+# `--launcher slurm` calls srun, which since Slurm 22.05 does not take over what the job was given for a task.
+if [ -n "${SLURM_CPUS_PER_TASK:-}" ]; then
+  export SRUN_CPUS_PER_TASK="${SRUN_CPUS_PER_TASK:-$SLURM_CPUS_PER_TASK}"
+fi
+
 read -r -a options <<<"${MEGASEQ_DEEPSPEED:-}"
 exec deepspeed --hostfile "$hostfile" ${options[@]+"${options[@]}"} --module megaseq train "$@"

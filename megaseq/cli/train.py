@@ -49,9 +49,7 @@ def run(arguments: argparse.Namespace) -> int:
 
         devices = _open_devices(params)
         if batch := batch_of(params.parallel, place=place, devices=devices):
-            from megaseq.train.parts import check_params
-
-            check_params(params)
+            _check(params, world_size=batch.count * batch.nodes, launched=batch.nodes > 1)
             if devices:
                 print(
                     f"starts {batch.count} processes for the {devices} GPUs of this machine, as parallel.data is 0; "
@@ -85,11 +83,20 @@ def _open_devices(params: Run.Params) -> int:
     return devices if devices > 1 else 0
 
 
-def _run_workers(params: Run.Params, *, arguments: argparse.Namespace) -> int:
-    from megaseq.train.local_sgd.launch import run_workers
+def _check(params: Run.Params, *, world_size: int, launched: bool = False) -> None:
+    """Refuses before any process starts what each of them would refuse."""
     from megaseq.train.parts import check_params
+    from megaseq.train.ranks import layout_of
 
     check_params(params)
+    layout_of(params, world_size=world_size, launched=launched)
+
+
+def _run_workers(params: Run.Params, *, arguments: argparse.Namespace) -> int:
+    from megaseq.parallel.spawn import num_processes
+    from megaseq.train.local_sgd.launch import run_workers
+
+    _check(params, world_size=num_processes(params.parallel))
     run_dir = arguments.run_dir or f"runs/{arguments.name}"
     return run_workers(arguments.argv, workers=params.train.local_sgd.workers, run_dir=run_dir)
 

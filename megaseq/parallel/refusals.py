@@ -17,6 +17,10 @@ from megaseq.parallel.pipeline_params import Schedule, stages_per_rank
 from megaseq.parallel.sharding import merged_rules
 
 
+_AXES = ("pipe", "context", "tensor", "expert")
+"""Params that change how many processes a run starts itself where `data` is open."""
+
+
 @dataclasses.dataclass(frozen=True)
 class ModelFacts:
     """What of a model, its batches and its learner decides whether a layout works; plain numbers.
@@ -320,13 +324,14 @@ def broken_rules(params: Parallel.Params, *, layout: Layout, facts: ModelFacts) 
     return [(refusal, broken) for refusal, broken in found if broken is not None]
 
 
-def check_layout(params: Parallel.Params, *, layout: Layout, facts: ModelFacts) -> None:
+def check_layout(params: Parallel.Params, *, layout: Layout, facts: ModelFacts, launched: bool = True) -> None:
     """Refuses a layout that does not work, with the reason and the nearest layout that works.
 
     Args:
         params: of the run.
         layout: what `resolve_layout` made of them and of the number of processes.
         facts: of the model.
+        launched: whether the number of processes is given; else it follows from the params.
 
     Raises:
         ParamsError: one line for each row of the table that refuses the layout; the last ends with what would work.
@@ -334,7 +339,7 @@ def check_layout(params: Parallel.Params, *, layout: Layout, facts: ModelFacts) 
     found = broken_rules(params, layout=layout, facts=facts)
     if not found:
         return
-    nearest = nearest_layout(params, layout=layout, facts=facts)
+    nearest = nearest_layout(params, layout=layout, facts=facts, launched=launched)
     remedy = f"The nearest that works is {nearest}" if nearest else "No layout of as many processes works"
     lines = [
         str(must(broken.path, broken.rule, broken.value, f"{refusal.reason[0].upper()}{refusal.reason[1:]}"))
@@ -343,11 +348,17 @@ def check_layout(params: Parallel.Params, *, layout: Layout, facts: ModelFacts) 
     raise ParamsError("\n".join([*lines[:-1], f"{lines[-1]} {remedy}."]))
 
 
-def nearest_layout(params: Parallel.Params, *, layout: Layout, facts: ModelFacts) -> str:
+def nearest_layout(params: Parallel.Params, *, layout: Layout, facts: ModelFacts, launched: bool = True) -> str:
     """Returns, as `path=value path=value`, the fewest changes that make a layout of as many processes work.
 
     Empty: none of those tried works. Tried are other sizes of one or two axes, lower ZeRO stages, other schedules and
     what else the rows speak of.
+
+    Args:
+        params: of the run.
+        layout: of the run.
+        facts: of the model.
+        launched: whether there are as many processes with any params; else `data` is named where the axes change.
     """
     best: tuple[float, str] | None = None
     for changes in _changes(params, layout=layout):
@@ -359,7 +370,10 @@ def nearest_layout(params: Parallel.Params, *, layout: Layout, facts: ModelFacts
         if other is None or (best and best[0] <= cost) or changed.check():
             continue
         if not broken_rules(changed, layout=other, facts=facts):
-            best = (cost, " ".join(f"parallel.{path}={_shown(value)}" for path, value in changes.items()))
+            named = dict(changes)
+            if not (launched or params.processes) and not named.keys().isdisjoint(_AXES):
+                named["data"] = other.data
+            best = (cost, " ".join(f"parallel.{path}={_shown(value)}" for path, value in named.items()))
     return best[1] if best else ""
 
 
@@ -381,7 +395,7 @@ def _changes(params: Parallel.Params, *, layout: Layout) -> Iterator[dict[str, o
     """Yields sets of changes, none of which touches what the run's other params mean."""
     sizes = divisors(layout.world_size)
     axes: list[dict[str, object]] = [{}]
-    for axis in ("pipe", "context", "tensor", "expert"):
+    for axis in _AXES:
         axes += [{axis: size} for size in sizes if size != getattr(params, axis)]
     for one, other in itertools.permutations(("pipe", "context", "tensor"), 2):
         if layout.size(one) > 1:
@@ -412,7 +426,7 @@ def _changes(params: Parallel.Params, *, layout: Layout) -> Iterator[dict[str, o
 def _distance(changes: Mapping[str, object], *, layout: Layout) -> float:
     """How much a person would have to give up: the number of params, then how far the axes move."""
     moved = 0.0
-    for axis in ("pipe", "context", "tensor", "expert"):
+    for axis in _AXES:
         size = changes.get(axis)
         if isinstance(size, int):
             here = layout.size(axis)

@@ -7,7 +7,7 @@ import itertools
 import torch
 
 from megaseq.base.errors import AsText, must
-from megaseq.parallel.layout import resolve_layout
+from megaseq.parallel.layout import Layout, resolve_layout
 from megaseq.parallel.mesh import Mesh
 from megaseq.parallel.place import Place
 from megaseq.parallel.process import Team, code_hash, text_hash
@@ -48,6 +48,22 @@ def device_of(asked: str, *, place: Place) -> torch.device:
     return device
 
 
+def layout_of(params: Run.Params, *, world_size: int, launched: bool = False) -> Layout:
+    """Returns the layout of a run on so many processes, which works; needs no process but this one.
+
+    Args:
+        params: of the run.
+        world_size: processes.
+        launched: whether a launcher says how many there are; else `parallel` does, and so does what would work.
+
+    Raises:
+        ParamsError: the layout does not fit the processes or the model.
+    """
+    layout = resolve_layout(params.parallel, world_size=world_size)
+    check_layout(params.parallel, layout=layout, facts=model_facts(params), launched=launched)
+    return layout
+
+
 def begin(params: Run.Params, *, team: Team) -> tuple[torch.device, Mesh]:
     """Joins the ranks; all call it at the same time. Returns this one's device and the mesh.
 
@@ -57,8 +73,7 @@ def begin(params: Run.Params, *, team: Team) -> tuple[torch.device, Mesh]:
     device = device_of(params.train.device, place=team.place)
     team.open(device=device, timeout_seconds=params.parallel.timeout_seconds)
     team.check_same({"code": code_hash(), "params": text_hash(params.to_text())})
-    layout = resolve_layout(params.parallel, world_size=team.world_size)
-    check_layout(params.parallel, layout=layout, facts=model_facts(params))
+    layout = layout_of(params, world_size=team.world_size, launched=team.place.launcher not in ("none", "megaseq"))
     return device, Mesh(layout, rank=team.rank, timeout_seconds=params.parallel.timeout_seconds * 1.25 + 10)
 
 

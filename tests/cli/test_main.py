@@ -206,6 +206,26 @@ def test_input_that_cannot_be_read(run: Path, tmp_path: Path, capsys: pytest.Cap
     assert "--watch" in one_line_error(capsys, "decode", str(run), "--input", "-", "--watch")
 
 
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["parallel.data=20"], "The nearest that works is parallel.context=5 parallel.data=4."),
+        (["parallel.pipe=2", "parallel.zero.stage=3"], "must be below 3 where parallel.pipe is above 1, but is 3."),
+        (["parallel.tensor=2", "parallel.processes=3"], "have axes whose product is the number of processes"),
+        (["parallel.data=5", "train.local_sgd.workers=2"], "must have a row for each data rank"),
+    ],
+)
+def test_a_layout_that_does_not_work_starts_no_process(
+    overrides: list[str], said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def started(*arguments: object, **options: object) -> int:
+        raise AssertionError("a process was started")
+
+    monkeypatch.setattr("megaseq.parallel.spawn.spawn", started)
+    monkeypatch.setattr("megaseq.train.local_sgd.launch.run_workers", started)
+    assert said in one_line_error(capsys, "train", "quickstart.Numbers", *TINY, *overrides)
+
+
 def test_unexpected_errors_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(params: object) -> None:
         raise ZeroDivisionError

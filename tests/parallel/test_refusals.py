@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 
 from megaseq.base.errors import ParamsError
-from megaseq.parallel.layout import Layout, Parallel
+from megaseq.parallel.layout import Layout, Parallel, resolve_layout
 from megaseq.parallel.refusals import REFUSALS, ModelFacts, broken_rules, check_layout, nearest_layout
+from megaseq.parallel.spawn import num_processes
 
 HEADS = {"task.encoder.layer.self_attention": 6}
 FACTS: dict[str, Any] = {"num_heads": HEADS, "num_key_value_heads": HEADS, "num_units": 10, "rows": 16}
@@ -79,6 +80,38 @@ def test_refused_and_the_nearest_layout_works(what: str, changes: dict[str, Any]
         data=8 // model, pipe=params.pipe, context=params.context, tensor=params.tensor, expert=params.expert
     )
     check_layout(params, layout=works, facts=known)
+
+
+@pytest.mark.parametrize(
+    ("what", "changes", "facts"), REFUSED, ids=lambda value: value if isinstance(value, str) else ""
+)
+@pytest.mark.parametrize("asked", ["data", "processes"])
+def test_a_run_that_starts_its_own_processes_starts_as_many_with_the_nearest(
+    asked: str, what: str, changes: dict[str, Any], facts: dict[str, Any]
+) -> None:
+    params, layout, known = case(changes, facts)
+    params.set(asked, layout.data if asked == "data" else 8)
+    nearest = nearest_layout(params, layout=layout, facts=known, launched=False)
+    for path, value in re.findall(r"parallel\.([\w.]+)=(\S+)", nearest):
+        params.set_text(path, value)
+    assert num_processes(params) == layout.world_size
+    if nearest:
+        check_layout(params, layout=resolve_layout(params, world_size=8), facts=known)
+
+
+def test_data_ranks_are_named_where_no_launcher_says_how_many_processes_there_are() -> None:
+    facts = ModelFacts(rows=16, num_heads={"a": 6}, num_units=10)
+
+    def nearest(*, launched: bool, **changes: Any) -> str:
+        params = Parallel.Params(**changes)
+        layout = resolve_layout(params, world_size=20)
+        return nearest_layout(params, layout=layout, facts=facts, launched=launched)
+
+    assert nearest(data=20, launched=False) == "parallel.context=2 parallel.data=10"
+    assert nearest(data=20, launched=True) == "parallel.context=2 parallel.data=0"
+    assert nearest(tensor=4, launched=False) == "parallel.tensor=2 parallel.data=10"
+    assert nearest(tensor=4, launched=True) == "parallel.tensor=2"
+    assert nearest(tensor=4, processes=20, launched=False) == "parallel.tensor=2"
 
 
 def test_every_row_is_tested() -> None:
