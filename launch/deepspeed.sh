@@ -11,8 +11,12 @@ fi
 hostfile="$1"
 shift
 
-# A typing error is told in one line here, and in a traceback by the launcher.
-megaseq hosts "$hostfile"
+# A typing error, and a layout that does not work, are told in one line here, and by the launcher on every machine.
+# Where the launcher is to use some of the slots only, there are fewer processes than the hostfile says.
+case " ${MEGASEQ_DEEPSPEED:-}" in
+  *" -i"* | *" -e"* | *" --include"* | *" --exclude"* | *" --num_"*) megaseq hosts "$hostfile" ;;
+  *) megaseq hosts "$hostfile" "$@" ;;
+esac
 
 # `--launcher slurm` calls srun, which since Slurm 22.05 does not take over what the job was given for a task.
 if [ -n "${SLURM_CPUS_PER_TASK:-}" ]; then

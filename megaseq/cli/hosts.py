@@ -1,4 +1,4 @@
-"""`megaseq hosts HOSTFILE [NAME]`: checks a hostfile before the DeepSpeed launcher reads it."""
+"""`megaseq hosts HOSTFILE [NAME]`: checks a hostfile, and a run on it, before the DeepSpeed launcher reads it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megaseq.cli import overrides
+from megaseq.cli import overrides, train
 
 if TYPE_CHECKING:
     from argparse import _SubParsersAction
@@ -17,12 +17,13 @@ def register(subparsers: _SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = subparsers.add_parser(
         "hosts",
         help="check a hostfile: form, duplicates, reachable hosts, slots",
-        description="Checks the hostfile HOSTFILE and, with NAME, whether the experiment's layout fits its slots.",
+        description="Checks the hostfile HOSTFILE and, with NAME, whether training it on these slots is refused. "
+        "Behind NAME stand the arguments of `megaseq train`.",
         allow_abbrev=False,
     )
     parser.add_argument("hostfile", metavar="HOSTFILE", help="lines of `HOST slots=N`")
     parser.add_argument("name", metavar="NAME", nargs="?", default="", help="registered experiment")
-    overrides.add_arguments(parser)
+    train.add_arguments(parser)
     parser.set_defaults(run=run)
 
 
@@ -38,10 +39,12 @@ def run(arguments: argparse.Namespace) -> int:
         print(f"{host.name}: {host.slots} processes, {capacity.gpus} GPUs, {capacity.cores} cores")
     if arguments.name:
         from megaseq.base import registry
-        from megaseq.parallel.layout import resolve_layout
+        from megaseq.train.parts import check_params
+        from megaseq.train.ranks import layout_of
 
         params = registry.params(arguments.name)
         overrides.apply(params, configs=arguments.config, overrides=arguments.overrides, data_dir=arguments.data_dir)
-        layout = resolve_layout(params.parallel, world_size=sum(host.slots for host in hosts))
+        check_params(params)
+        layout = layout_of(params, world_size=sum(host.slots for host in hosts), launched=True)
         print(f"{layout.world_size} processes: {layout}")
     return 0

@@ -24,6 +24,12 @@ def register(subparsers: _SubParsersAction[argparse.ArgumentParser]) -> None:
         allow_abbrev=False,
     )
     parser.add_argument("name", metavar="NAME", help="registered experiment; `megaseq params list` shows them")
+    add_arguments(parser)
+    parser.set_defaults(run=run)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds what stands behind NAME."""
     overrides.add_arguments(parser)
     parser.add_argument("--run-dir", default="", metavar="DIR", help="where the run is kept; default: runs/NAME")
     parser.add_argument(
@@ -31,7 +37,6 @@ def register(subparsers: _SubParsersAction[argparse.ArgumentParser]) -> None:
         action="store_true",
         help="go on with a run under params other than those it was begun with",
     )
-    parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -212,6 +212,7 @@ def test_input_that_cannot_be_read(run: Path, tmp_path: Path, capsys: pytest.Cap
         (["parallel.data=20"], "The nearest that works is parallel.context=5 parallel.data=4."),
         (["parallel.pipe=2", "parallel.zero.stage=3"], "must be below 3 where parallel.pipe is above 1, but is 3."),
         (["parallel.tensor=2", "parallel.processes=3"], "have axes whose product is the number of processes"),
+        (["parallel.tensor=2", "train.local_sgd.workers=2"], "parallel.tensor: must be off with train.local_sgd, but"),
         (["parallel.data=5", "train.local_sgd.workers=2"], "must have a row for each data rank"),
     ],
 )

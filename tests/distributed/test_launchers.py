@@ -83,6 +83,38 @@ def test_deepspeed_on_one_machine_of_a_hostfile(cache: Path, tmp_path: Path, pro
     check_three_steps(run_dir, text=text)
 
 
+@pytest.mark.parametrize(
+    ("options", "checked"),
+    [
+        ("", "hosts FILE quickstart.Numbers -c a.yaml seed=2 --run-dir runs/a"),
+        ("--launcher slurm", "hosts FILE quickstart.Numbers -c a.yaml seed=2 --run-dir runs/a"),
+        ("--no_ssh_check --num_nodes 1", "hosts FILE"),
+        ("--include=worker-0", "hosts FILE"),
+        ("-e worker-0", "hosts FILE"),
+    ],
+)
+def test_deepspeed_script_checks_the_run_that_it_starts(
+    options: str, checked: str, tmp_path: Path, programs: Path
+) -> None:
+    log = tmp_path / "log"
+    write_program(programs / "megaseq", '#!/bin/sh\necho "$*"\n')
+    write_program(programs / "deepspeed", '#!/bin/sh\necho "deepspeed $*"\n')
+    run = "quickstart.Numbers -c a.yaml seed=2 --run-dir runs/a"
+    env = environment(programs, MEGASEQ_DEEPSPEED=options)
+    code, text = finish(start(["bash", "launch/deepspeed.sh", "FILE", *run.split()], log=log, env=env), log=log)
+    assert code == 0, text
+    started = " ".join(f"deepspeed --hostfile FILE {options} --module megaseq train {run}".split())
+    assert text.splitlines() == [checked, started]
+
+
+def test_deepspeed_script_starts_nothing_where_the_check_fails(tmp_path: Path, programs: Path) -> None:
+    log = tmp_path / "log"
+    write_program(programs / "megaseq", "#!/bin/sh\nexit 2\n")
+    write_program(programs / "deepspeed", "#!/bin/sh\necho started\n")
+    command = ["bash", "launch/deepspeed.sh", "FILE", "quickstart.Numbers"]
+    assert finish(start(command, log=log, env=environment(programs)), log=log) == (2, "")
+
+
 @pytest.mark.slow
 def test_deepspeed_without_ssh_started_on_each_machine(cache: Path, tmp_path: Path, programs: Path) -> None:
     run_dir, hostfile = tmp_path / "run", tmp_path / "hostfile"
