@@ -50,17 +50,26 @@ class Parallel(Configurable):
         `data` at 0 one for each GPU of the machine."""
 
         def validate(self) -> Iterator[Problem | str]:
-            """Reports sizes below one, and experts that do not divide the data ranks."""
+            """Reports sizes below one, experts that do not divide data ranks, and `sequence` without tensor ranks."""
             yield from super().validate()
             for name in ("pipe", "context", "tensor", "expert"):
                 if getattr(self, name) < 1:
-                    yield f"{name}: must be at least 1, but is {getattr(self, name)}. 1 turns the axis off."
+                    size = getattr(self, name)
+                    yield f"{name}: must be at least 1, but is {size}. Set parallel.{name}=1, which turns it off."
             if self.data < 0:
                 yield f"data: must not be negative, but is {self.data}. Use 0 for what the other axes leave."
             elif self.data and self.expert >= 1 and self.data % self.expert:
-                yield f"expert: must divide data ({self.data}), but is {self.expert}. Experts live on data ranks."
+                fitting = [size for size in range(1, self.data + 1) if self.data % size == 0]
+                nearest = max(1, round(self.data / self.expert)) * self.expert
+                yield (
+                    f"expert: must divide data ({self.data}), but is {self.expert}. Experts live on data ranks: choose "
+                    f"one of {fitting}, or set parallel.data={nearest}."
+                )
             if self.sequence and self.tensor == 1:
-                yield "sequence: must be false where tensor is 1, but is true. It shares the work of tensor ranks."
+                yield (
+                    "sequence: must be false where tensor is 1, but is true. It shares the work of tensor ranks: set "
+                    "parallel.sequence=false, or parallel.tensor=2."
+                )
             if self.timeout_seconds <= 0:
                 yield f"timeout_seconds: must be positive, but is {self.timeout_seconds}. 1800 is usual."
 

@@ -16,7 +16,6 @@ from megaseq.parallel.layout import Layout, Parallel
 from megaseq.parallel.pipeline_params import Schedule, stages_per_rank
 from megaseq.parallel.sharding import merged_rules
 
-
 _AXES = ("pipe", "context", "tensor", "expert")
 """Params that change how many processes a run starts itself where `data` is open."""
 

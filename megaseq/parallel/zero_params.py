@@ -37,14 +37,17 @@ class Zero(Configurable):
             if self.offload_optimizer != "none" and self.stage < 1:
                 yield (
                     f"offload_optimizer: must be none below stage 1, but is {self.offload_optimizer!r}. "
-                    "Set parallel.zero.stage=1."
+                    "Set parallel.zero.stage=1, or parallel.zero.offload_optimizer=none."
                 )
             if self.offload_parameters != "none" and self.stage < 3:
                 yield (
                     f"offload_parameters: must be none below stage 3, but is {self.offload_parameters!r}. "
-                    "Set parallel.zero.stage=3."
+                    "Set parallel.zero.stage=3, or parallel.zero.offload_parameters=none."
                 )
             if "nvme" in (self.offload_optimizer, self.offload_parameters) and not self.nvme_path:
-                yield "nvme_path: must name a directory for nvme, but is empty. Set it to one on a local disk."
+                yield (
+                    "nvme_path: must name a directory for nvme, but is empty. Set it to one on a local disk, or "
+                    "offload to cpu."
+                )
 
     params: Params

@@ -45,7 +45,7 @@ class Run(Configurable):
         """Where figures go."""
 
         def validate(self) -> Iterator[Problem | str]:
-            """Reports names of evaluation inputs that do not exist."""
+            """Reports names of evaluation inputs that do not exist, and workers that would have parts of the model."""
             yield from super().validate()
             known = ", ".join(self.eval_inputs) or "none"
             for field, names in (
@@ -64,6 +64,13 @@ class Run(Configurable):
                     yield (
                         f"{field}: must be eval/NAME/FIGURE or decode/NAME/SCORE with a NAME among {known}, but is "
                         f"{metric!r}. An example is eval/NAME/loss."
+                    )
+            for name, whole in (("tensor", 1), ("pipe", 1), ("expert", 1), ("zero.stage", 0)):
+                if self.train.local_sgd.workers and self.parallel.get(name) > whole:
+                    yield (
+                        f"parallel.{name}: must be off with train.local_sgd, but is {self.parallel.get(name)}. "
+                        f"Each rank of a worker has the whole model: set parallel.{name}={whole}, or "
+                        "train.local_sgd.workers=0."
                     )
 
     params: Params

@@ -285,6 +285,7 @@ class Worker:
 
 
 def _check_whole(pieces: Sequence[Piece]) -> None:
+    """Refuses an engine that was not made from the params of a run: those are refused before anything starts."""
     for piece in pieces:
         if not piece.is_whole:
             raise must(

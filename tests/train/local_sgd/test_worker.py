@@ -154,6 +154,22 @@ def test_a_run_that_is_no_worker_of_those_planned_is_refused(tmp_path: Path) -> 
         Trainer(params, run_dir=tmp_path / "run").fit()
 
 
+@pytest.mark.parametrize(
+    ("path", "value", "off"), [("tensor", 2, 1), ("pipe", 2, 1), ("expert", 2, 1), ("zero.stage", 1, 0)]
+)
+def test_workers_with_parts_of_the_model_are_refused_by_the_params(
+    path: str, value: int, off: int, tmp_path: Path
+) -> None:
+    params = run_params(tmp_path)
+    params.set(f"parallel.{path}", value)
+    assert params.check() == []
+    params.train.local_sgd = LocalSGD.Params(workers=2)
+    assert [str(problem) for problem in params.check()] == [
+        f"parallel.{path}: must be off with train.local_sgd, but is {value}. Each rank of a worker has the whole "
+        f"model: set parallel.{path}={off}, or train.local_sgd.workers=0."
+    ]
+
+
 def test_a_server_that_is_not_there_is_named() -> None:
     local = LocalSGD.Params(workers=1, worker=0, address="127.0.0.1:1", timeout_seconds=0.3)
     worker = Worker.of(local, engine=make_engine(), team=Team(Place()))
