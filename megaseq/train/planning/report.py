@@ -121,9 +121,10 @@ def _row(number: int, estimate: Estimate, *, subject: Subject) -> tuple[str, ...
 
 
 def _rejections(findings: Findings, *, best: Sequence[Estimate], hardware: Hardware) -> Iterator[str]:
-    """Yields a line for each reason, the commonest first within impossible, too large and slower."""
-    for row in sorted(findings.rejected.values(), key=lambda row: -row.count):
-        yield f"  {row.count:5} impossible: {row.reason} (such as {row.example})"
+    """Yields a line for each reason, the commonest first within impossible, not considered, too large and slower."""
+    for row in sorted(findings.rejected.values(), key=lambda row: (row.trains, -row.count)):
+        what = "not considered" if row.trains else "impossible"
+        yield f"  {row.count:5} {what}: {row.reason} (such as {row.example})"
     if findings.too_large:
         least = findings.too_large[0]
         biggest = max(("parameters", "gradients", "optimizer", "activations"), key=lambda n: getattr(least.memory, n))

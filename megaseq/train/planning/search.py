@@ -24,6 +24,9 @@ SAVES_LITTLE = 0.97
 """Selective checkpointing that keeps a larger share than this is not tried: fused attention keeps next to nothing."""
 
 
+_MOST_CONTEXT = 8
+
+
 @dataclasses.dataclass(frozen=True)
 class Estimate:
     """A candidate with what it needs."""
@@ -43,6 +46,8 @@ class Rejected:
     reason: str
     count: int = 0
     example: str = ""
+    trains: bool = False
+    """Whether such a layout would train; it is the planner that does not look at it."""
 
 
 @dataclasses.dataclass
@@ -55,9 +60,9 @@ class Findings:
     """Smallest first."""
     rejected: dict[str, Rejected] = dataclasses.field(default_factory=dict)
 
-    def reject(self, reason: str, *, example: str) -> None:
-        """Counts a candidate that cannot be."""
-        row = self.rejected.setdefault(reason, Rejected(reason, example=example))
+    def reject(self, reason: str, *, example: str, trains: bool = False) -> None:
+        """Counts a candidate that cannot be, or that is not tried though it `trains`."""
+        row = self.rejected.setdefault(reason, Rejected(reason, example=example, trains=trains))
         row.count += 1
 
 
@@ -97,8 +102,9 @@ def _pinned(params: Parallel.Params, path: str) -> bool:
 def _layouts(subject: Subject, *, hardware: Hardware, findings: Findings) -> Iterator[tuple[Parallel.Params, Layout]]:
     """Yields the sizes of all axes with every ZeRO stage and schedule."""
     own, devices = subject.params.parallel, hardware.devices
-    sizes = {axis: [own.get(axis)] if _pinned(own, axis) else divisors(devices) for axis in ("pipe", "tensor")}
-    sizes["context"] = [own.context] if _pinned(own, "context") else [n for n in divisors(devices) if n <= 8]
+    sizes = {
+        axis: [own.get(axis)] if _pinned(own, axis) else divisors(devices) for axis in ("pipe", "tensor", "context")
+    }
     experts = max(subject.facts.num_experts.values(), default=1)
     sizes["expert"] = [own.expert] if _pinned(own, "expert") else divisors(experts)
     for pipe, tensor, context, expert in itertools.product(
@@ -111,8 +117,17 @@ def _layouts(subject: Subject, *, hardware: Hardware, findings: Findings) -> Ite
         if tensor > hardware.devices_per_machine and not _pinned(own, "tensor"):
             findings.reject(
                 f"more tensor ranks than the {hardware.devices_per_machine} devices of a machine: each layer would "
-                "wait for the network between machines several times",
+                "wait for the network between machines several times; set parallel.tensor to have it tried",
                 example=str(layout),
+                trains=True,
+            )
+            continue
+        if context > _MOST_CONTEXT and not _pinned(own, "context"):
+            findings.reject(
+                f"more than {_MOST_CONTEXT} context ranks, which rows of very many tokens alone need; set "
+                "parallel.context to have them tried",
+                example=str(layout),
+                trains=True,
             )
             continue
         stages = [own.zero.stage] if _pinned(own, "zero.stage") else [0, 1, 2, 3]
@@ -137,6 +152,7 @@ def _candidates(
     rows = subject.batch.rows
     counts = _micro_batch_counts(subject, parallel=parallel, layout=layout)
     refused: list[str] = []
+    uneven = f"{rows} rows that cannot be dealt out equally; with another train_input.batching.rows they can"
     for count in counts or [0]:
         params = parallel.copy()
         if layout.pipe > 1 and count:
@@ -146,11 +162,11 @@ def _candidates(
         if broken:
             refused.append(f"{broken[0][0].what}: {broken[0][0].reason}")
         elif not count:
-            refused.append(f"{rows} rows that cannot be dealt out equally: raise train_input.batching.rows")
+            refused.append(uneven)
         else:
             yield Candidate(parallel=params, layout=layout, micro_batches=count)
     if refused and len(refused) == len(counts or [0]):
-        findings.reject(refused[0], example=str(layout))
+        findings.reject(refused[0], example=str(layout), trains=refused[0] == uneven)
 
 
 def _micro_batch_counts(subject: Subject, *, parallel: Parallel.Params, layout: Layout) -> list[int]:

@@ -101,6 +101,26 @@ def test_params_that_are_set_are_kept() -> None:
     assert kept == {(2, 1)} or kept == {(2, 1), (2, 0)}
 
 
+def test_what_training_takes_is_not_called_impossible() -> None:
+    def told(devices: int, **changes: object) -> list[str]:
+        hardware = Hardware(devices=devices, devices_per_machine=2)
+        subject = Subject(small(parallel__zero__stage=1, **changes), precision="bf16")
+        return list(report(subject, findings=search(subject, hardware=hardware), hardware=hardware, top=1))
+
+    seven = told(7, train_input__batching__rows=128, parallel__data=7)
+    assert [line.strip() for line in seven if "128 rows" in line and "data=7" in line] == [
+        "1 not considered: 128 rows that cannot be dealt out equally; with another train_input.batching.rows they can "
+        "(such as data=7)"
+    ]
+    few = [line for line in told(3, train_input__batching__rows=2, parallel__data=3) if "such as data=3" in line]
+    assert len(few) == 1 and "impossible: fewer rows than data ranks: a rank without a row" in few[0]
+    wide = told(4, parallel__pipe=1, parallel__context=1)
+    assert any("not considered: more tensor ranks than the 2 devices of a machine" in line for line in wide)
+    assert not any("considered: more tensor" in line for line in told(4, parallel__tensor=4))
+    long = told(16, parallel__tensor=1, train_input__batching__rows=8)
+    assert any("not considered: more than 8 context ranks" in line and "context=16" in line for line in long)
+
+
 def experts(**changes: object) -> Run.Params:
     params = registry.params("mt.multi30k.Experts")
     params.set("train_input.batching.rows", 16)
