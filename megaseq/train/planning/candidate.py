@@ -50,26 +50,26 @@ class Candidate:
         parallel.set("zero.offload_parameters", "none", origin="the planner")
         return dataclasses.replace(self, parallel=parallel)
 
-    def in_flight(self, rank: int) -> int:
-        """Returns the most micro-batches of which a pipe rank keeps activations at the same time.
+    def alive(self, rank: int) -> tuple[int, ...]:
+        """Returns the most micro-batches of which each stage of a pipe rank keeps activations at the same time.
 
         gpipe keeps all; 1f1b as many as there are ranks from this one on (Narayanan et al. 2019); interleaved further
-        ones, for its later stages (Narayanan et al. 2021); the V of zero-bubble as many as ranks, on every rank (Qi
-        et al. 2024).
+        ones, for its later stages (Narayanan et al. 2021). Those of the V of zero-bubble are in
+        `megaseq.train.planning.halves`.
         """
         p, m = self.layout.pipe, self.micro_batches
         if p == 1:
-            return 1
+            return (1,)
         schedule = self.parallel.pipeline.schedule
         if schedule == "gpipe":
-            return m
+            return (m,)
         if schedule == "1f1b":
-            return min(m, p - rank)
-        if schedule == "zero_bubble_v":
-            return min(m, p)
+            return (min(m, p - rank),)
         per_rank = stages_per_rank(self.parallel.pipeline)
-        chunks = (p - rank - 1) * 2 + (per_rank - 1) * p + 1
-        return min(m, -(-chunks // per_rank))
+        passes = (p - rank - 1) * 2 + (per_rank - 1) * p + 1
+        # Forward passes go through as many micro-batches as ranks with one stage, then with the next.
+        turns = [(index // p) % per_rank for index in range(passes)]
+        return tuple(max(1, min(m, turns.count(stage))) for stage in range(per_rank))
 
     def bubble(self) -> float:
         """Returns the share of a step in which a rank waits for others of its pipeline, stages of equal cost given."""

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 
 from megaseq.base.errors import ParamsError
 from megaseq.parallel.layout import Layout, Parallel
-from megaseq.parallel.pipeline.plan import StagePlan, make_plan
+from megaseq.parallel.pipeline.plan import Stage, StagePlan, make_plan
 from megaseq.parallel.pipeline_params import Schedule
 from megaseq.parallel.refusals import broken_rules, divisors
 from megaseq.train.activation_checkpointing import Mode
@@ -241,13 +241,31 @@ def rank_memory(subject: Subject, *, candidate: Candidate, plan: StagePlan | Non
     if plan is None:
         return subject.memory.rank([subject.units], candidate=candidate, traces=traces, shape=shape)
     stages = plan.of_rank(pipe_rank)
-    before = {stage.index: plan.stages[stage.index - 1].units[-1].name for stage in stages if stage.index}
+    received, returned = [], []
+    for stage in stages:
+        before, after = plan.stages[max(0, stage.index - 1)], plan.stages[min(stage.index + 1, len(plan.stages) - 1)]
+        received.append(_sent(before, subject=subject, candidate=candidate) if stage.index else 0)
+        # A stage of the same rank hands gradients over as they are.
+        returned.append(_sent(stage, subject=subject, candidate=candidate) if after.rank != pipe_rank else 0)
     return subject.memory.rank(
         [stage.units for stage in stages],
         candidate=candidate,
         traces=traces,
         shape=shape,
         pipe_rank=pipe_rank,
-        received=[traces[name].sent for name in before.values()],
+        received=received,
+        returned=returned,
         has_loss=stages[-1].is_last,
     )
+
+
+def _sent(stage: Stage, *, subject: Subject, candidate: Candidate) -> int:
+    """Returns the bytes that a stage hands to the next, of a micro-batch."""
+    shape = micro_batch_shape(subject, candidate)
+    elements = 0
+    for flow in stage.leaves:
+        tokens = shape.source_length if flow.name in ("encoder", "memory") else shape.target_length
+        # Tensor ranks share the residual streams alone.
+        ranks = candidate.layout.tensor if candidate.sequence and flow.name in ("encoder", "decoder") else 1
+        elements += shape.rows * tokens // ranks * flow.width
+    return elements * subject.memory.numbers.activation

@@ -20,6 +20,7 @@ from megaseq.layers.units import UnitRun
 from megaseq.parallel.spec import ParameterSpec, Pipelined, Unit
 from megaseq.tasks.base import BaseTask
 from megaseq.train.activation_checkpointing import ActivationCheckpointing, checkpoint_activations, mode_of
+from megaseq.train.planning.halves import first_half
 from megaseq.train.planning.live_memory import LiveMemory
 from megaseq.train.planning.stand_ins import install_stand_ins
 from megaseq.train.precision import low_precision_parameters
@@ -46,8 +47,10 @@ class UnitTrace:
     """What its backward pass allocates at most, gradients of its parameters included."""
     again: int
     """The same where these are there and are added to."""
-    sent: int
-    """What it hands to the next unit."""
+    half: int
+    """What the gradients of its inputs alone allocate at most, where those of its parameters come later."""
+    between: int
+    """Part of `half` that is kept for those."""
 
 
 def local_params(task: BaseTask.Params, *, tensor: int) -> BaseTask.Params:
@@ -95,22 +98,38 @@ def units_of(task: BaseTask) -> tuple[Unit, ...]:
     return cast(Pipelined, task).units()
 
 
-@contextlib.contextmanager
-def _noted(module: nn.Module) -> Iterator[set[int]]:
-    """Notes the storages that column-parallel maps read: tensor ranks have all of their tokens."""
-    whole: set[int] = set()
+class _Reads:
+    """Notes which storages the maps that tensor ranks share read, in a unit's forward pass."""
 
-    def note(linear: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        spec = getattr(linear.weight, "spec", None)
-        if isinstance(spec, ParameterSpec) and spec.axes[0] in ("heads", "hidden"):
-            whole.add(inputs[0].untyped_storage()._cdata)
+    def __init__(self) -> None:
+        self.joined: set[int] = set()
+        """Each rank has some tokens, which the map joins, and joins again in its backward pass."""
+        self.whole: set[int] = set()
+        """All ranks have all tokens, or their own part of the width."""
 
-    handles = [part.register_forward_pre_hook(note) for part in module.modules() if isinstance(part, Linear)]
-    try:
-        yield whole
-    finally:
-        for handle in handles:
-            handle.remove()
+    @contextlib.contextmanager
+    def of(self, module: nn.Module) -> Iterator[None]:
+        """Watches all maps of a module."""
+
+        def note(linear: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            spec = getattr(linear.weight, "spec", None)
+            axes = spec.axes if isinstance(spec, ParameterSpec) else (None,)
+            storage = inputs[0].untyped_storage()._cdata
+            if axes[0] in ("heads", "hidden") and not getattr(linear, "input_is_copied", False):
+                self.joined.add(storage)
+            elif {"heads", "hidden"} & set(axes):
+                self.whole.add(storage)
+
+        handles = [part.register_forward_pre_hook(note) for part in module.modules() if isinstance(part, Linear)]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def begin(self, *, whole: set[int]) -> None:
+        """Forgets what other units have read, of whose storages the places may be others' now."""
+        self.joined, self.whole = set(), whole
 
 
 class ModelTrace:
@@ -149,15 +168,16 @@ class ModelTrace:
         carry: dict[str, Tensor] = {}
         found: dict[str, UnitTrace] = {}
         alike: dict[object, UnitTrace] = {}
-        with _noted(self._task) as whole, LiveMemory() as memory:
+        reads = _Reads()
+        with reads.of(self._task), LiveMemory() as memory:
             memory.track([*self._task.parameters(), *self._task.buffers(), *batch.flatten()])
             for unit in self.units:
                 kind = self._kind(unit)
                 if kind not in alike:
                     first, again = self._backward(unit, carry=carry, run=run, memory=memory)
-                    carry, kept, divisible = self._forward(unit, carry=carry, run=run, memory=memory, whole=whole)
-                    sent = sum(value.untyped_storage().nbytes() for value in carry.values())
-                    alike[kind] = UnitTrace(kept=kept, divisible=divisible, first=first, again=again, sent=sent)
+                    between, half = self._first_half(unit, carry=carry, run=run, memory=memory)
+                    carry, kept, divisible = self._forward(unit, carry=carry, run=run, memory=memory, reads=reads)
+                    alike[kind] = UnitTrace(kept, divisible, first, again, half, between)
                 found[unit.name] = alike[kind]
         return found
 
@@ -175,21 +195,29 @@ class ModelTrace:
         return mode_of(f"task.{unit.name}", params=self._checkpointing) if _is_layer(unit) else "none"
 
     def _forward(
-        self, unit: Unit, *, carry: dict[str, Tensor], run: UnitRun, memory: LiveMemory, whole: set[int]
+        self, unit: Unit, *, carry: dict[str, Tensor], run: UnitRun, memory: LiveMemory, reads: _Reads
     ) -> tuple[dict[str, Tensor], int, int]:
         """Returns what the unit leaves, the bytes that it keeps, and how many of them tensor ranks may share."""
         widths = {value.shape[-1] for value in carry.values()}
-        shared: dict[int, int] = {}
+        found: dict[int, tuple[int, bool]] = {}
 
         def note(tensor: Tensor) -> Tensor:
             storage = tensor.untyped_storage()
-            if storage._cdata not in whole and tensor.dim() == 3 and tensor.shape[-1] in widths:
-                shared[storage._cdata] = storage.nbytes()
+            # Maps flatten what they read; the residual stream has three dimensions in all else.
+            wide = tensor.dim() == 3 and tensor.shape[-1] in widths
+            found[storage._cdata] = (storage.nbytes(), wide or found.get(storage._cdata, (0, False))[1])
             return tensor
 
+        # What a stack gives is not shared by tensor ranks.
+        reads.begin(whole={value.untyped_storage()._cdata for name, value in carry.items() if name == "memory"})
         before = memory.current
         with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
             made = run.run(carry, unit=unit)
+        shared = {
+            storage: size
+            for storage, (size, wide) in found.items()
+            if (wide or storage in reads.joined) and storage not in reads.whole
+        }
         carry.clear()
         kept = memory.current - before
         return made, kept, kept if self._mode(unit) == "full" else min(kept, sum(shared.values()))
@@ -210,6 +238,16 @@ class ModelTrace:
         for parameter in self._task.parameters():
             parameter.grad = None
         return peaks[0], peaks[1]
+
+    def _first_half(
+        self, unit: Unit, *, carry: Mapping[str, Tensor], run: UnitRun, memory: LiveMemory
+    ) -> tuple[int, int]:
+        """Runs the unit by itself; returns what the first half of its backward pass leaves, and its peak."""
+        if not carry or self._mode(unit) not in ("none", "selective"):
+            return 0, 0  # Nothing is sent back, or such schedules are refused.
+        inputs = {name: value.detach().requires_grad_() for name, value in carry.items()}
+        outputs = [value for value in run.run(inputs, unit=unit).values() if value.requires_grad]
+        return first_half(outputs, inputs=list(inputs.values()), memory=memory)
 
 
 def _is_layer(unit: Unit) -> bool:

@@ -64,9 +64,11 @@ def test_bubble_is_that_of_the_schedules() -> None:
 def test_micro_batches_in_flight() -> None:
     params = Parallel.Params(pipe=4)
     candidate = Candidate(parallel=params, layout=Layout(pipe=4), micro_batches=8)
-    assert [candidate.in_flight(rank) for rank in range(4)] == [4, 3, 2, 1]
+    assert [candidate.alive(rank) for rank in range(4)] == [(4,), (3,), (2,), (1,)]
     params.set("pipeline.schedule", "gpipe")
-    assert [candidate.in_flight(rank) for rank in range(4)] == [8, 8, 8, 8]
+    assert [candidate.alive(rank) for rank in range(4)] == [(8,), (8,), (8,), (8,)]
+    params.set("pipeline.schedule", "interleaved")
+    assert [candidate.alive(rank) for rank in range(4)] == [(7, 4), (5, 4), (4, 3), (4, 1)]
 
 
 @pytest.mark.slow
