@@ -270,18 +270,21 @@ class MemoryModel:
 
         A stage's backward pass frees nothing in its first half, which adds the gradients that the second is made of.
         The first stage of all sends nothing back, and has a second half alone; a stage that reads a parameter twice
-        has both at once.
+        has both at once, as all have where torch cannot divide them.
         """
+        # Imported where it is used: torch's schedules take as long as torch itself.
+        from megaseq.parallel.pipeline.stage import SPLITS_BACKWARD
+
         walks, between = [], []
         for index, stage in enumerate(stages):
             last = has_loss and index == len(stages) - 1
             walk = self._walk(stage, candidate=candidate, traces=traces, shape=shape, own=own, loss=last)
             names = [name for unit in stage for name in unit.tensors if name in self.weights]
             left = 0
-            if received[index] and len(names) == len(set(names)):
-                walk, left = self._halves(stage, candidate=candidate, traces=traces, shape=shape, own=own, loss=last)
-            elif received[index]:
+            if not SPLITS_BACKWARD or len(set(names)) < len(names):
                 left = -walk.kept
+            elif received[index]:
+                walk, left = self._halves(stage, candidate=candidate, traces=traces, shape=shape, own=own, loss=last)
             walks.append(walk)
             between.append(left)
         found = Walk(0, 0, 0)
