@@ -11,10 +11,8 @@ from tests.kernels import mutation
 from tests.kernels.mutation import Mutant
 
 TESTS = ["tests/kernels/test_dispatch.py"]
-FAULT = Mutant(
-    "wrong default", "kernels/dispatch.py", 'os.environ.get(VARIABLE, "auto")', 'os.environ.get("X", "auto")'
-)
-HARMLESS = dataclasses.replace(FAULT, name="harmless", new='os.environ.get(VARIABLE) or "auto"')
+FAULT = Mutant("wrong variable", "kernels/dispatch.py", "os.environ[VARIABLE]", 'os.environ.get("X", "auto")')
+HARMLESS = dataclasses.replace(FAULT, name="harmless", new='os.environ.get(VARIABLE, "auto")')
 
 
 def test_the_place_must_be_there_once() -> None:
