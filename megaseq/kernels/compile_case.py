@@ -20,6 +20,8 @@ class CompileCase:
     """Calls the op's launchers with small tensors in host memory. Nothing is computed: do not look at outputs."""
     tensor_cores: tuple[str, ...] = ()
     """Names of kernels whose matrix products must run on tensor cores: by wgmma on sm_90, by tcgen05 on sm_100."""
+    tensor_cores_unknown_on: tuple[int, ...] = ()
+    """Architectures where the installed Triton does not know these instructions."""
     spill_bytes: int = 0
     """Bytes of registers that a kernel of the case may store to memory for want of room, for each thread."""
     minimum_architecture: int = 80

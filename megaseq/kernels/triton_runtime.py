@@ -59,6 +59,13 @@ def installed() -> bool:
     return _INSTALLED
 
 
+@functools.cache
+def version() -> tuple[int, int]:
+    """Major and minor version of Triton, whose compilers differ in what they keep in registers."""
+    major, minor = optional("triton", needed_for="Triton kernels").__version__.split(".")[:2]
+    return int(major), int(minor)
+
+
 def interpreted() -> bool:
     """Whether kernels defined now run on the host."""
     return _ENVIRONMENT.get(_INTERPRET) in ("1", b"1")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -56,6 +57,11 @@ def test_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "host memory" in (triton_runtime.unable(torch.zeros(1, device="meta")) or "")
     monkeypatch.setattr(triton_runtime, "installed", lambda: False)
     assert triton_runtime.unable(host) == "Triton is not installed"
+
+
+def test_version_is_that_of_triton() -> None:
+    pytest.importorskip("triton")
+    assert ".".join(map(str, triton_runtime.version())) == ".".join(metadata.version("triton").split(".")[:2])
 
 
 def test_the_interpreter_takes_no_launch_options(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -272,7 +272,7 @@ FUSED_CASES = (
 """What only the fused kernels and the reference compute, or compute in many tiles."""
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 3e-2}
 """Largest difference from the reference that a correct implementation shows at unit scale."""
-NUM_TILES = {64: 3, 128: 2, 256: 1}
+NUM_TILES = {64: 3, 128: 2, 256: 2}
 """By width of the head, the most tiles that a kernel has candidates."""
 SPILL_BYTES = {64: 384, 128: 512, 256: 1024, 0: 2048}
 """By width of the head, what a thread may spill with table, segments and dropout at once; 0 is float32."""
@@ -280,30 +280,31 @@ SPILL_BYTES = {64: 384, 128: 512, 256: 1024, 0: 2048}
 
 def compile_cases() -> list[CompileCase]:
     """All tiles with everything that takes registers; what else kernels can do with the tiles that they take first."""
-    kernels = (FORWARD, OF_QUERY, OF_KEY)
+    # On sm_100 the sums of the widest heads are too large for the memory of the tensor cores.
+    kernels = {head: (FORWARD, OF_QUERY, OF_KEY) if head < 256 else (FORWARD, OF_QUERY) for head in NUM_TILES}
     full: dict[str, Any] = {"table": True, "segments": True, "dropout": True}
     kinds: dict[str, dict[str, Any]] = {
         "grouped_causal": {"causal": True, "grouped": True},
         "slopes_window_cap_runs": {"slopes": True, "causal": True, "window": True, "cap": True, "runs": True},
         "fp16_table": {"table": True, "dtype": torch.float16, "log_sum": True},
         "fp32_64": {**full, "dtype": torch.float32},
+        "causal_256": {"causal": True, "segments": True, "dropout": True, "head": 256},
     }
     found = [
         CompileCase(
             f"bf16_{head}_full_{number}",
             run=functools.partial(compile_one, number=number, head=head, **full),
-            # On sm_100 the sums of the widest heads are too large for the memory of the tensor cores.
-            tensor_cores=kernels if head < 256 else (FORWARD, OF_QUERY),
+            tensor_cores=kernels[head],
             spill_bytes=SPILL_BYTES[head],
         )
         for head, count in NUM_TILES.items()
         for number in range(count)
     ]
     for name, kind in kinds.items():
-        half = kind.get("dtype") is not torch.float32
-        budget = SPILL_BYTES[64 if half else 0]
+        half, head = kind.get("dtype") is not torch.float32, kind.get("head", 64)
+        budget = SPILL_BYTES[head if half else 0]
         run = functools.partial(compile_one, **kind)
-        found.append(CompileCase(name, run=run, tensor_cores=kernels if half else (), spill_bytes=budget))
+        found.append(CompileCase(name, run=run, tensor_cores=kernels[head] if half else (), spill_bytes=budget))
     return found
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from megaseq.kernels import triton_runtime
-from megaseq.kernels.triton_runtime import Config, generation
+from megaseq.kernels.triton_runtime import Config, generation, version
 
 FORWARD, OF_QUERY, OF_KEY = "attention_forward", "attention_backward_query", "attention_backward_key"
 MAX_HEAD = 256
@@ -51,6 +51,16 @@ _SMALL: dict[tuple[str, int], tuple[Sizes, ...]] = {
     (OF_KEY, 256): ((32, 32, 4, 1),),
 }
 """By kernel and width: what takes the place of tiles of `_HALF` that do not fit there."""
+_OF_GENERATION: dict[tuple[int, str, int], tuple[Sizes, ...]] = {
+    (80, OF_QUERY, 64): ((128, 64, 8, 2), (64, 64, 8, 2)),
+    # 64 queries and a soft cap would spill thousands of bytes where products take their operands from registers.
+    (80, OF_KEY, 64): ((32, 128, 8, 2), (32, 64, 8, 2)),
+    (90, FORWARD, 256): ((128, 32, 8, 2), (64, 32, 4, 2)),
+    (90, OF_QUERY, 256): ((64, 32, 8, 2),),
+    (90, OF_KEY, 256): ((32, 64, 8, 2), (16, 64, 8, 2)),
+    (100, FORWARD, 64): ((128, 64, 8, 3), (128, 64, 4, 2), (64, 64, 4, 3)),
+}
+"""By generation of tensor cores, kernel and width: what spills less there than the tiles of `_HALF`."""
 
 
 def padded(head: int) -> int:
@@ -105,10 +115,13 @@ def candidates(kernel: str, *, dtype: torch.dtype, head: int, bias: bool, arch: 
         return tuple(map(_config, _SINGLE[kernel][widest]))
     if shared < _LARGE_SHARED_MEMORY and (kernel, widest) in _SMALL:
         return tuple(map(_config, _SMALL[kernel, widest]))
-    if made_for == 80 and kernel == OF_KEY and head <= 64:
-        # 64 queries and a soft cap would spill thousands of bytes where products take their operands from registers.
-        return tuple(_config((32, block, 8, 2)) for block in (128, 64))
-    return tuple(map(_config, _HALF[kernel][widest]))
+    if made_for == 90 and kernel == OF_KEY and widest == 256 and bias:
+        return (_config((16, 64, 8, 2)),)
+    if made_for == 100 and kernel == OF_KEY and widest == 64 and version() < (3, 9):
+        # With Triton 3.6 the pipeline spills 1,500 bytes for grouped heads and a causal mask, with 3.9 320; larger
+        # tiles without one spill 2,000 for a soft cap and slopes.
+        return (_config((64, 64, 8, 1)), _config((32, 128, 8, 1)))
+    return tuple(map(_config, _OF_GENERATION.get((made_for, kernel, widest), _HALF[kernel][widest])))
 
 
 def _config(sizes: Sizes) -> Config:

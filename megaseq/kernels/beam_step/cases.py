@@ -99,7 +99,9 @@ def _launch(case: StepCase, *, dtype: torch.dtype, config: triton_runtime.Config
 
     kind = str(dtype).removeprefix("torch.")
     name = f"{case.name}-{kind}-k{case.num_hyps}-c{case.count}-b{config.blocks['BLOCK']}-w{config.num_warps}"
-    return CompileCase(name, run, spill_bytes=SPILL_BYTES)
+    # The widest merge takes a few registers more with Triton 3.6.
+    budget = SPILL_BYTES if triton_runtime.version() >= (3, 9) else SPILL_BYTES + 16
+    return CompileCase(name, run, spill_bytes=budget)
 
 
 SPILL_BYTES = 64

@@ -61,9 +61,7 @@ def _insert(keys, best):
     return best
 
 
-@triton.jit(
-    do_not_specialize=["eos_id", "num_hyps", "keep", "num_chunks", "tiles", "tiles_per_chunk", "forbid_stride"]
-)
+@triton.jit(do_not_specialize=["eos_id", "num_hyps", "keep", "num_chunks", "tiles", "tiles_per_chunk", "forbid_stride"])
 def best_of_chunks(
     logits, forbid_eos, tops, sums, lows, keys, vocab, row_stride, stride, eos_id, num_hyps, keep, num_chunks, tiles,
     tiles_per_chunk, forbid_stride, NORMALISED: tl.constexpr, FORBID: tl.constexpr, TOP: tl.constexpr,

@@ -35,7 +35,9 @@ def default(*, rows: int, width: int, itemsize: int) -> Config:
     # Keys and values of a tile, twice for the pipeline, stay near 64 KiB, so that two programs share a processor.
     block = max(16, min(128, 16384 // (padded(width) * itemsize)))
     matrix = int(rows > 1)
-    return Config({"BLOCK_N": block, "MATRIX": matrix}, num_warps=4, num_stages=2)
+    # Products of float32 take registers: no tensor core computes them.
+    warps = 8 if matrix and itemsize == 4 else 4
+    return Config({"BLOCK_N": block, "MATRIX": matrix}, num_warps=warps, num_stages=2)
 
 
 def configs(*, rows: int, width: int, itemsize: int) -> list[Config]:

@@ -12,7 +12,7 @@ from torch import Tensor
 from megaseq.kernels.compile_case import CompileCase
 from megaseq.kernels.norm.configs import configs, default
 from megaseq.kernels.norm.settings import NormKind
-from megaseq.kernels.triton_runtime import Config, override
+from megaseq.kernels.triton_runtime import Config, override, version
 
 LAYER = NormKind(1e-5, centred=True)
 RMS = NormKind(1e-6)
@@ -79,8 +79,14 @@ def compile_cases() -> list[CompileCase]:
         found[f"{name}_rms"] = _train, 1024, dtype, RMS, default(1024)
     found["autocast"] = functools.partial(_train, stream=torch.float32), 1024, torch.bfloat16, LAYER, default(1024)
     found["int8"] = functools.partial(_quantize, form=torch.int8), 1024, torch.bfloat16, RMS, default(1024)
+    # Of float32 rows Triton 3.6 spills two registers, on sm_100.
+    spills = 8 if version() < (3, 9) else 0
     cases = [
-        CompileCase(name, functools.partial(launch, width, dtype=dtype, kind=kind, config=config))
+        CompileCase(
+            name,
+            functools.partial(launch, width, dtype=dtype, kind=kind, config=config),
+            spill_bytes=spills if name == "float32_layer" else 0,
+        )
         for name, (launch, width, dtype, kind, config) in found.items()
     ]
     form = functools.partial(_quantize, form=torch.float8_e4m3fn)

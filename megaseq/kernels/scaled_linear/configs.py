@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 from megaseq.kernels.triton_runtime import Config, architecture
 
 NARROWEST = 32
 """The least BLOCK_K: what tensor cores take at once in 8 bits. Blocks with scales of their own are multiples of it."""
+
+LOADED = 16
+"""Bytes that a thread loads at once, of rows that start and end at multiples of them."""
 
 
 def rows_key(rows: int) -> int:
@@ -29,6 +34,16 @@ def configs(rows: int, *, integer: bool, block: int | None = None) -> list[Confi
     # On sm_80 and sm_100 sums of int8 of this size leave the registers.
     wide = _WIDE if integer and block is None and rows_key(rows) == 256 and architecture() == 90 else ()
     return [*_tiles(rows, block=block), *wide]
+
+
+def narrowed(tile: Config, *, aligned: bool) -> Config:
+    """The tile for rows that are, or are not, `aligned`: all of them start and end at multiples of `LOADED`.
+
+    Elements of others are loaded one by one, through registers and without a pipeline: steps of 128 would spill
+    thousands of bytes with Triton 3.6, and tens with 3.9.
+    """
+    step = tile.blocks["BLOCK_K"]
+    return tile if aligned or step <= 64 else dataclasses.replace(tile, blocks={**tile.blocks, "BLOCK_K": 64})
 
 
 def _tiles(rows: int, *, block: int | None) -> list[Config]:

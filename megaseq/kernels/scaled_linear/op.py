@@ -7,7 +7,7 @@ from torch import Tensor
 
 from megaseq.kernels.activation.reference import SAME
 from megaseq.kernels.quantize.formats import Quantized
-from megaseq.kernels.scaled_linear.configs import default, rows_key
+from megaseq.kernels.scaled_linear.configs import LOADED, default, narrowed, rows_key
 from megaseq.kernels.triton_runtime import config, on_its_device
 
 
@@ -36,6 +36,8 @@ def launch(x: Quantized, *, weight: Quantized, bias: Tensor | None, activation: 
     tile = config("scaled_linear", key=key, default=untuned)
     if block is not None and block % tile.blocks["BLOCK_K"]:
         tile = untuned
+    starts = [number for values in (x.values, weight.values) for number in (values.data_ptr(), values.stride(0))]
+    tile = narrowed(tile, aligned=not any(number % LOADED for number in (width, *starts)))
     sizes = tile.blocks
     grid = (-(-num_rows // sizes["BLOCK_M"]) * -(-num_columns // sizes["BLOCK_N"]),)
     scaled_linear_kernel[grid](

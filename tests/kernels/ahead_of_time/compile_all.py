@@ -51,7 +51,7 @@ def compile_all(
             found = figures(launch.compiled, architecture=architecture, remembered=remembered)
             row = Row(op, case.name, launch.kernel, launch.types, launch.constants, architecture, **found)
             rows.append(row)
-            meant = launch.kernel in case.tensor_cores
+            meant = launch.kernel in case.tensor_cores and architecture not in case.tensor_cores_unknown_on
             wrong += problems(row, spill_budget=case.spill_bytes, wants_tensor_cores=meant)
     return rows, wrong
 

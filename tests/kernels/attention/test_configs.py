@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from megaseq.kernels.attention import fused
+from megaseq.kernels.attention import configs, fused
 from megaseq.kernels.attention.configs import FORWARD, MAX_HEAD, OF_KEY, OF_QUERY, candidates
 from megaseq.kernels.triton_runtime import Config, generation
 
@@ -38,6 +38,19 @@ def test_small_cards_have_tiles_of_their_own() -> None:
     assert small[OF_QUERY] == Config({"BLOCK_M": 64, "BLOCK_N": 64}, 4, 2) != large[OF_QUERY]
     assert small[OF_KEY] == large[OF_KEY]
     assert tiles(OF_KEY, arch=89, shared=SMALL, head=256) == (Config({"BLOCK_M": 32, "BLOCK_N": 32}, 4, 1),)
+
+
+def test_older_compilers_have_tiles_that_do_not_spill(monkeypatch: pytest.MonkeyPatch) -> None:
+    for version, keys, stages in (((3, 6), 64, 1), ((3, 9), 128, 2)):
+        monkeypatch.setattr(configs, "version", lambda version=version: version)
+        assert tiles(OF_KEY, arch=100, shared=227 << 10)[0] == Config({"BLOCK_M": 64, "BLOCK_N": keys}, 8, stages)
+        assert tiles(OF_KEY, arch=90, shared=227 << 10)[0].num_stages == 2
+
+
+@pytest.mark.parametrize("bias, rows", [(True, [16]), (False, [32, 16])])
+def test_a_bias_leaves_the_widest_heads_fewer_registers(bias: bool, rows: list[int]) -> None:
+    found = candidates(OF_KEY, dtype=torch.bfloat16, head=256, bias=bias, arch=90, shared=227 << 10)
+    assert [config.blocks["BLOCK_M"] for config in found] == rows
 
 
 @pytest.mark.parametrize(

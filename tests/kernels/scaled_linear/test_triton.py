@@ -10,9 +10,9 @@ import torch
 from megaseq.kernels import dispatch, triton_runtime
 from megaseq.kernels.activation.reference import FUNCTIONS
 from megaseq.kernels.quantize import Quantized, quantize
-from megaseq.kernels.scaled_linear import scaled_linear
+from megaseq.kernels.scaled_linear import op, scaled_linear
 from megaseq.kernels.scaled_linear.cases import CASES, TOLERANCE, LinearCase
-from megaseq.kernels.scaled_linear.configs import configs
+from megaseq.kernels.scaled_linear.configs import configs, narrowed
 from megaseq.kernels.scaled_linear.op import triton_scaled_linear
 from megaseq.kernels.triton_runtime import Config
 from tests.kernels.interpreter.poison import untouched_memory
@@ -50,6 +50,29 @@ def test_the_reference(case: LinearCase, device: torch.device, use: Use) -> None
     x, weight, bias = case.tensors(device=device)
     for dtype in (torch.float32, torch.bfloat16):
         check(x, weight=weight, bias=bias, activation=case.activation, dtype=dtype, use=use)
+
+
+def test_rows_that_are_not_aligned_have_narrow_tiles() -> None:
+    wide = Config({"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_K": 128}, 8, 3)
+    narrow = Config({"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_K": 64}, 8, 3)
+    assert narrowed(wide, aligned=True) is wide and narrowed(wide, aligned=False) == narrow
+    narrowest = Config({"BLOCK_M": 16, "BLOCK_N": 64, "BLOCK_K": 32})
+    assert narrowed(narrowest, aligned=False) is narrowest
+
+
+@pytest.mark.parametrize(("width", "start", "step"), [(256, 0, 128), (250, 0, 64), (256, 3, 64)])
+def test_rows_choose_the_step_by_where_they_lie(
+    width: int, start: int, step: int, device: torch.device, use: Use, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values = torch.randint(-9, 9, (5, 272), device=device).to(torch.int8)[:, start : start + width]
+    weight = torch.randint(-9, 9, (16, 256), device=device).to(torch.int8)[:, :width]
+    scales = torch.ones(16, 1, device=device)
+    tile = Config({"BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_K": 128, "GROUP": 8})
+    taken: list[Config] = []
+    monkeypatch.setattr(op, "narrowed", lambda tile, aligned: taken.append(narrowed(tile, aligned=aligned)) or taken[0])
+    with triton_runtime.override(scaled_linear=tile):
+        check(Quantized(values, scales[:5], width), weight=Quantized(weight, scales, width), use=use)
+    assert taken[0].blocks["BLOCK_K"] == step
 
 
 def test_every_activation_and_every_kind_of_bias(device: torch.device, use: Use) -> None:
