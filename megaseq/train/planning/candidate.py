@@ -30,6 +30,11 @@ class Candidate:
         return self.parallel.sequence and self.layout.tensor > 1
 
     @property
+    def v_shaped(self) -> bool:
+        """Whether each pipe rank has a stage on the way down a V and one on the way up, zero-bubble's schedule."""
+        return self.layout.pipe > 1 and self.parallel.pipeline.schedule == "zero_bubble_v"
+
+    @property
     def overlaps(self) -> bool:
         """Whether gradients are summed over data ranks while backward passes go on."""
         overlap = self.parallel.zero.overlap

@@ -5,14 +5,12 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import NamedTuple
 
-from megaseq.kernels.cross_entropy.chunked import CHUNK_BYTES, MAX_CHUNK, MIN_CHUNK
 from megaseq.parallel.gradient_sums import overlapped_bucket
 from megaseq.parallel.layout import Layout
 from megaseq.parallel.spec import Unit
 from megaseq.train.planning.candidate import Candidate
-from megaseq.train.planning.halves import moments
+from megaseq.train.planning.passes import Output, RankPasses
 from megaseq.train.planning.trace import Shape, UnitTrace
 
 
@@ -77,17 +75,6 @@ class RankMemory:
         return self.parameters + self.gradients + self.optimizer + self.activations
 
 
-class Walk(NamedTuple):
-    """A micro-batch's passes through stages; bytes, gradients included where none were before."""
-
-    forward: int
-    """Peak of the forward pass and of what ends it, the loss."""
-    backward: int
-    """Peak of the backward pass."""
-    kept: int
-    """Activations between the two."""
-
-
 class MemoryModel:
     """Computes `RankMemory` from what a model's weights and units are."""
 
@@ -102,7 +89,7 @@ class MemoryModel:
         """
         self.weights = weights
         self.numbers = numbers
-        self._vocab_size, self._width = vocab_size, width
+        self._output = Output(vocab_size=vocab_size, width=width, element=numbers.activation)
 
     def state(self, names: Iterable[str], *, candidate: Candidate) -> RankMemory:
         """Returns what a rank that holds the parameters `names` has between steps, and its gradients."""
@@ -135,19 +122,6 @@ class MemoryModel:
             parameters = 0.0
         return RankMemory(int(parameters), int(gradients), int(optimizer), 0, host=int(host))
 
-    def loss(self, shape: Shape, *, tensor: int) -> tuple[int, int]:
-        """Returns (kept, for a moment) of softmax and cross entropy: gradients are made in the forward pass."""
-        tokens, classes = shape.rows * shape.target_length, -(-self._vocab_size // tensor)
-        size = self.numbers.activation
-        chunk = min(tokens, min(MAX_CHUNK, max(MIN_CHUNK, CHUNK_BYTES // (self._vocab_size * size))))
-        chunk = -(-tokens // max(1, -(-tokens // chunk)))
-        kept = 4 * (tokens * self._width + classes * self._width)
-        # Logits; probabilities in fp32, which the products read in the logits' format; rows times their weights.
-        moment = chunk * classes * (size + 4) + chunk * self._width * size
-        if size < 4:
-            moment += chunk * classes * size + classes * self._width * size
-        return kept, moment
-
     def rank(
         self,
         stages: Sequence[Sequence[Unit]],
@@ -174,25 +148,26 @@ class MemoryModel:
         """
         names = {name for stage in stages for unit in stage for name in unit.tensors if name in self.weights}
         state = self.state(names, candidate=candidate)
-        own = {name: self._gradient_bytes({name}, candidate=candidate) for name in names}
-        v_shaped = candidate.layout.pipe > 1 and candidate.parallel.pipeline.schedule == "zero_bubble_v"
-        passes = self._zero_bubble if v_shaped else self._passes
-        forward, backward, _ = passes(
-            stages,
+        local = {name: self.weights[name].local_of(candidate.layout) for name in names}
+        matrix = self._output.vocab_size * self._output.width
+        passes = RankPasses(
+            stages=stages,
             candidate=candidate,
             traces=traces,
             shape=shape,
-            own=own,
+            output=self._output,
+            heads=frozenset(name for name in names if self.weights[name].elements == matrix),
+            gradients={name: count * self.numbers.computed(self.weights[name]) for name, count in local.items()},
             pipe_rank=pipe_rank,
             received=received,
             returned=returned,
             has_loss=has_loss,
         )
+        forward, backward, _ = passes.peak()
         # A schedule has buffers for all micro-batches of a step.
         buffers = (sum(received) + sum(returned)) * candidate.micro_batches
         forward, backward = forward + buffers, backward + buffers + self._travelling(shape, candidate=candidate)
-        elements = sum(self.weights[name].local_of(candidate.layout) for name in names)
-        buckets = self._buckets(elements, candidate=candidate)
+        buckets = self._buckets(sum(local.values()), candidate=candidate)
         if candidate.parallel.zero.stage:
             activations = self._with_zero(forward, backward, candidate=candidate, state=state, buckets=buckets)
             if candidate.parallel.zero.stage == 3:
@@ -201,7 +176,7 @@ class MemoryModel:
         # Sums over ranks begin while activations of the last micro-batch go, or when all are gone.
         meanwhile = buckets if candidate.overlaps and buckets < state.gradients else 0
         # In a single micro-batch gradients come while activations go, and have been counted with these.
-        counted = state.gradients if candidate.micro_batches == 1 and not v_shaped else 0
+        counted = state.gradients if candidate.micro_batches == 1 and not candidate.v_shaped else 0
         peak = max(forward, backward + meanwhile, counted + buckets)
         return dataclasses.replace(state, activations=peak - counted)
 
@@ -221,156 +196,6 @@ class MemoryModel:
             shares = 4 * state.gradients // (self.numbers.activation * candidate.layout.data)
             activations = max(activations, shares)
         return activations
-
-    def _passes(
-        self,
-        stages: Sequence[Sequence[Unit]],
-        *,
-        candidate: Candidate,
-        traces: Mapping[str, UnitTrace],
-        shape: Shape,
-        own: Mapping[str, int],
-        pipe_rank: int,
-        received: Sequence[int],
-        returned: Sequence[int],
-        has_loss: bool,
-    ) -> Walk:
-        """Returns the passes of a rank with all that other micro-batches have left."""
-        alive = candidate.alive(pipe_rank)
-        forward, backward, kept, others = 0, 0, 0, 0
-        for index, stage in enumerate(stages):
-            last = has_loss and index == len(stages) - 1
-            walk = self._walk(stage, candidate=candidate, traces=traces, shape=shape, own=own, loss=last)
-            forward, backward = max(forward, kept + walk.forward), max(backward, kept + walk.backward)
-            kept += walk.kept
-            others += (alive[index] - 1) * walk.kept
-        if len(stages) == 1:
-            # What was last sent back is let go of when the next is.
-            others += sum(received)
-        else:
-            # Schedules of several stages let go of what they have sent, either way, when a step ends.
-            gone = (candidate.micro_batches - count for count in alive)
-            others += sum(n * (a + b) for n, a, b in zip(gone, received, returned, strict=True))
-        return Walk(forward + others, backward + others, kept)
-
-    def _zero_bubble(
-        self,
-        stages: Sequence[Sequence[Unit]],
-        *,
-        candidate: Candidate,
-        traces: Mapping[str, UnitTrace],
-        shape: Shape,
-        own: Mapping[str, int],
-        pipe_rank: int,
-        received: Sequence[int],
-        returned: Sequence[int],
-        has_loss: bool,
-    ) -> Walk:
-        """Returns the same as `_passes` for a rank of a V.
-
-        A stage's backward pass frees nothing in its first half, which adds the gradients that the second is made of.
-        The first stage of all sends nothing back, and has a second half alone; a stage that reads a parameter twice
-        has both at once, as all have where torch cannot divide them.
-        """
-        # Imported where it is used: torch's schedules take as long as torch itself.
-        from megaseq.parallel.pipeline.stage import SPLITS_BACKWARD
-
-        walks, between = [], []
-        for index, stage in enumerate(stages):
-            last = has_loss and index == len(stages) - 1
-            walk = self._walk(stage, candidate=candidate, traces=traces, shape=shape, own=own, loss=last)
-            names = [name for unit in stage for name in unit.tensors if name in self.weights]
-            left = 0
-            if not SPLITS_BACKWARD or len(set(names)) < len(names):
-                left = -walk.kept
-            elif received[index]:
-                walk, left = self._halves(stage, candidate=candidate, traces=traces, shape=shape, own=own, loss=last)
-            walks.append(walk)
-            between.append(left)
-        found = Walk(0, 0, 0)
-        for moment in moments(pipe_rank, ranks=candidate.layout.pipe, micro_batches=candidate.micro_batches):
-            kept = sum(count * walk.kept for count, walk in zip(moment.alive, walks, strict=True))
-            kept += sum(count * left for count, left in zip(moment.between, between, strict=True))
-            for index, done in enumerate(moment.done):
-                # What has been sent, either way, stays until the step ends.
-                kept += done * received[index] + max(0, done - moment.between[index] - 1) * returned[index]
-            walk = walks[moment.stage]
-            others = kept - walk.kept
-            found = Walk(max(found[0], others + walk.forward), max(found[1], others + walk.backward), kept)
-        return found
-
-    def _kept(self, stage: Sequence[Unit], *, candidate: Candidate, traces: Mapping[str, UnitTrace]) -> list[int]:
-        """Returns the bytes that each unit keeps of a micro-batch."""
-        share = 1.0 - 1.0 / candidate.layout.tensor if candidate.sequence else 0.0
-        return [int(trace.kept - share * trace.divisible) for trace in (traces[unit.name] for unit in stage)]
-
-    def _halves(
-        self,
-        stage: Sequence[Unit],
-        *,
-        candidate: Candidate,
-        traces: Mapping[str, UnitTrace],
-        shape: Shape,
-        own: Mapping[str, int],
-        loss: bool,
-    ) -> tuple[Walk, int]:
-        """Returns a micro-batch's passes where the backward pass has two halves, and what is there between these."""
-        kept = level = sum(self._kept(stage, candidate=candidate, traces=traces))
-        forward = kept
-        if loss:
-            of_loss, moment = self.loss(shape, tensor=candidate.layout.tensor)
-            forward, level = kept + of_loss + moment, kept + of_loss
-        left, peak = 0, level
-        for unit in reversed(stage):
-            peak = max(peak, level + left + traces[unit.name].half)
-            left += traces[unit.name].between
-        # The second half begins with one parameter's gradient when all of that is there.
-        largest = max((own[name] for unit in stage for name in unit.tensors if name in own), default=0)
-        return Walk(forward, max(peak, level + left + largest), kept), left
-
-    def _walk(
-        self,
-        stage: Sequence[Unit],
-        *,
-        candidate: Candidate,
-        traces: Mapping[str, UnitTrace],
-        shape: Shape,
-        own: Mapping[str, int],
-        loss: bool,
-    ) -> Walk:
-        """Returns a micro-batch's passes through a stage."""
-        tensor = candidate.layout.tensor
-        kept = self._kept(stage, candidate=candidate, traces=traces)
-        total = sum(kept)
-        first = candidate.micro_batches == 1 and not candidate.parallel.zero.stage
-        level, grads, peak, forward = total, 0, total, total
-        # Tokens that tensor ranks share are joined once more for gradients of weights, and those of inputs cut.
-        joins = 2 * self._tokens(shape) if candidate.sequence else 0
-        done: set[str] = set()
-        if loss:
-            of_loss, moment = self.loss(shape, tensor=tensor)
-            forward = total + of_loss + moment
-            vocabulary = 4 * -(-self._vocab_size // tensor) * self._width
-            # The head's gradient is scaled into a new tensor, and cast.
-            peak = max(peak, total + of_loss + vocabulary + (0 if first else vocabulary))
-            heads = [name for name in own if self.weights[name].elements == self._vocab_size * self._width]
-            if first and heads:
-                done.add(heads[-1])
-                grads += own[heads[-1]]
-            level += of_loss - vocabulary
-        for unit, bytes_kept in zip(reversed(stage), reversed(kept), strict=True):
-            trace = traces[unit.name]
-            peak = max(peak, level + grads + joins + (trace.first if first else trace.again))
-            if first:
-                fresh = [name for name in unit.tensors if name in own and name not in done]
-                done.update(fresh)
-                grads += sum(own[name] for name in fresh)
-            level -= bytes_kept
-        return Walk(forward, peak, total)
-
-    def _gradient_bytes(self, names: Iterable[str], *, candidate: Candidate) -> int:
-        weights = [self.weights[name] for name in names]
-        return sum(w.local_of(candidate.layout) * self.numbers.computed(w) for w in weights)
 
     def _buckets(self, elements: int, *, candidate: Candidate) -> int:
         """Returns the bytes of the flat copies of gradients that are there beside these, for sums over data ranks.
@@ -395,11 +220,7 @@ class MemoryModel:
         """
         if candidate.layout.context == 1:
             return 0
-        return 2 * 4 * self._tokens(shape)
-
-    def _tokens(self, shape: Shape) -> int:
-        """Returns the bytes of a micro-batch's residual stream, of the longer side."""
-        return shape.rows * max(shape.source_length, shape.target_length) * self._width * self.numbers.activation
+        return 2 * 4 * self._output.stream(shape)
 
     def _gathered(self, stages: Sequence[Sequence[Unit]], *, candidate: Candidate) -> int:
         """Returns the bytes of whole parameters that stage 3 has at the same time.

@@ -185,9 +185,8 @@ def _try(
 ) -> None:
     """Estimates a candidate with as little recomputation as fits."""
     least: Estimate | None = None
-    v_shaped = candidate.layout.pipe > 1 and candidate.parallel.pipeline.schedule == "zero_bubble_v"
     for mode in modes:
-        if mode == "full" and v_shaped:
+        if mode == "full" and candidate.v_shaped:
             continue
         estimate = estimate_of(subject, candidate=dataclasses.replace(candidate, checkpointing=mode), hardware=hardware)
         if estimate.memory.total <= hardware.usable_bytes:

@@ -10,6 +10,7 @@ import torch
 
 from megaseq.base import NestedMap
 from megaseq.data import Packing
+from megaseq.layers.embedding import Embedding
 from megaseq.layers.families import stacks
 from megaseq.layers.positions import SinusoidalPositions
 from megaseq.learner import MovingAverage
@@ -25,13 +26,23 @@ from ..tiny import run_params
 
 
 def make_run(
-    directory: Path, *, dim: int, vocab: int, rows: int, length: int, mode: str = "none", **stack: Any
+    directory: Path,
+    *,
+    dim: int,
+    vocab: int,
+    rows: int,
+    length: int,
+    mode: str = "none",
+    shares_matrices: bool = True,
+    **stack: Any,
 ) -> Run.Params:
     p = run_params(directory)
     sides = stacks(num_layers=2, num_heads=4, hidden_dim=4 * dim, dropout=0.1, **stack)
     for side in sides.values():
         side.positions = SinusoidalPositions.Params()
     p.task = p.task.replace(model_dim=dim, source_vocab_size=vocab, target_vocab_size=vocab, **sides)
+    if not shares_matrices:
+        p.task.target_embedding, p.task.head = Embedding.Params(), Embedding.Params()
     p.train_input.batching = Packing.Params(rows=rows, source_length=length)
     p.train.activation_checkpointing.mode = mode
     return p
@@ -63,6 +74,7 @@ CASES: list[dict[str, Any]] = [
     {"dim": 64, "vocab": 200, "rows": 8, "length": 64, "mode": "selective", "attention_dropout": 0.1},
     {"dim": 128, "vocab": 2000, "rows": 4, "length": 32, "accumulation": 2},
     {"dim": 128, "vocab": 2000, "rows": 4, "length": 32, "residual": "post", "ema": True},
+    {"dim": 64, "vocab": 4000, "rows": 4, "length": 32, "shares_matrices": False},
     {"dim": 128, "vocab": 2000, "rows": 8, "length": 32, "precision": "bf16"},
     {"dim": 128, "vocab": 2000, "rows": 8, "length": 32, "precision": "bf16", "accumulation": 2},
 ]
