@@ -11,7 +11,7 @@ from torch import Tensor
 from megaseq.kernels.activation import gated_activation
 from megaseq.kernels.activation.cases import CASES, TOLERANCE, ActivationCase
 from megaseq.kernels.activation.reference import reference_activation
-from megaseq.kernels.bench.passes import compare_passes, short
+from megaseq.kernels.bench.passes import compare_passes, in_types, short
 from megaseq.kernels.bench_case import BenchCase, Comparison
 
 IN_OTHER_TYPES = ("gelu", "silu")
@@ -26,9 +26,7 @@ def proof_cases() -> list[BenchCase]:
             f"{case.name}{'_gated' * case.gated}{'_strided' * case.strided}_{case.shape[-1]}_{short(dtype)}",
             functools.partial(compare, case, dtype=dtype),
         )
-        for case in CASES
-        for dtype in (torch.bfloat16, torch.float32, torch.float16)
-        if dtype is torch.bfloat16 or case.name in IN_OTHER_TYPES
+        for case, dtype in in_types(CASES, others_of=IN_OTHER_TYPES)
     ]
 
 

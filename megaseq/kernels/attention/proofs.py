@@ -11,7 +11,7 @@ from torch import Tensor
 from megaseq.kernels.attention import AttentionMask, RelativeBias, attention_with_log_sum
 from megaseq.kernels.attention.cases import CASES, FUSED_CASES, AttentionCase
 from megaseq.kernels.attention.reference import reference_attention, reference_log_sum
-from megaseq.kernels.bench.passes import compare_passes, short
+from megaseq.kernels.bench.passes import compare_passes, in_types, short
 from megaseq.kernels.bench_case import BenchCase, Comparison
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-2}
@@ -23,10 +23,8 @@ def proof_cases() -> list[BenchCase]:
     """All calls but those with a bias of every pair, which the kernels do not take."""
     return [
         BenchCase("attention", f"{case.name}_{short(dtype)}", functools.partial(compare, case, dtype=dtype))
-        for case in (*CASES, *FUSED_CASES)
+        for case, dtype in in_types((*CASES, *FUSED_CASES), others_of=IN_OTHER_TYPES)
         if not case.biased
-        for dtype in (torch.bfloat16, torch.float32, torch.float16)
-        if dtype is torch.bfloat16 or case.name in IN_OTHER_TYPES
     ]
 
 

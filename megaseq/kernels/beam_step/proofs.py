@@ -8,7 +8,7 @@ import torch
 
 from megaseq.kernels.beam_step.cases import CASES, NEG_INF, SCORE_TOLERANCE, StepCase
 from megaseq.kernels.beam_step.reference import reference_beam_step
-from megaseq.kernels.bench.passes import short
+from megaseq.kernels.bench.passes import in_types, short
 from megaseq.kernels.bench_case import BenchCase, Comparison
 
 IN_OTHER_TYPES = ("plain", "holes", "holes_and_ties")
@@ -23,9 +23,7 @@ def proof_cases() -> list[BenchCase]:
             f"{case.name}_{short(dtype)}_chunks_{chunks}",
             functools.partial(compare, case, dtype=dtype, chunks=chunks),
         )
-        for case in CASES
-        for dtype in (torch.float32, torch.bfloat16, torch.float16)
-        if dtype is torch.float32 or case.name in IN_OTHER_TYPES
+        for case, dtype in in_types(CASES, others_of=IN_OTHER_TYPES, first=torch.float32)
         for chunks in (1, 3)
     ]
 

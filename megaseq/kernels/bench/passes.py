@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -79,6 +80,25 @@ def normal(*shape: int, device: torch.device, dtype: torch.dtype, seed: int = 0,
 
 def _listed(outputs: Outputs) -> list[Tensor]:
     return [outputs] if isinstance(outputs, Tensor) else list(outputs)
+
+
+class Named(Protocol):
+    """A case with a name; several may share it."""
+
+    @property
+    def name(self) -> str:
+        """Which it is."""
+
+
+Case = TypeVar("Case", bound=Named)
+
+
+def in_types(
+    cases: Iterable[Case], *, others_of: Collection[str], first: torch.dtype = torch.bfloat16
+) -> list[tuple[Case, torch.dtype]]:
+    """Every case with the type `first`, and those whose names are in `others_of` with the two others too."""
+    types = (first, *(dtype for dtype in TOLERANCE if dtype is not first))
+    return [(case, dtype) for case in cases for dtype in types if dtype is first or case.name in others_of]
 
 
 def short(dtype: torch.dtype) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from megaseq.kernels.bench.passes import compare_passes, short
+from megaseq.kernels.bench.passes import compare_passes, in_types, short
 from megaseq.kernels.bench_case import BenchCase, Comparison
 from megaseq.kernels.cross_entropy import CrossEntropy, VocabularyShare, linear_cross_entropy
 from megaseq.kernels.cross_entropy.cases import CASES, TOLERANCE, CrossEntropyCase
@@ -27,9 +27,7 @@ def proof_cases() -> list[BenchCase]:
     """All calls, and one with a share of the vocabulary."""
     found = [
         BenchCase("cross_entropy", f"{case.name}_{short(dtype)}", functools.partial(compare, case, dtype=dtype))
-        for case in CASES
-        for dtype in (torch.bfloat16, torch.float32, torch.float16)
-        if dtype is torch.bfloat16 or case.name in IN_OTHER_TYPES
+        for case, dtype in in_types(CASES, others_of=IN_OTHER_TYPES)
     ]
     shared = [
         BenchCase(

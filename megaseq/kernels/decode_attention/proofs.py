@@ -7,7 +7,7 @@ import functools
 
 import torch
 
-from megaseq.kernels.bench.passes import short
+from megaseq.kernels.bench.passes import in_types, short
 from megaseq.kernels.bench_case import BenchCase, Comparison
 from megaseq.kernels.decode_attention.cases import CASES, TOLERANCE, DecodeCase
 from megaseq.kernels.decode_attention.reference import dequantise, reference_decode_attention
@@ -24,9 +24,7 @@ def proof_cases() -> list[BenchCase]:
             f"{case.name}_{short(dtype)}_shares_{shares}",
             functools.partial(compare, case, dtype=dtype, shares=shares),
         )
-        for case in CASES
-        for dtype in (torch.bfloat16, torch.float32, torch.float16)
-        if dtype is torch.bfloat16 or case.name in IN_OTHER_TYPES
+        for case, dtype in in_types(CASES, others_of=IN_OTHER_TYPES)
         for shares in (1, 3)
     ]
 

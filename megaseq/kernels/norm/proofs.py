@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from megaseq.kernels.bench.passes import compare_passes, short
+from megaseq.kernels.bench.passes import compare_passes, in_types, short
 from megaseq.kernels.bench_case import BenchCase, Comparison
 from megaseq.kernels.norm import add_norm, norm, norm_quantize
 from megaseq.kernels.norm.cases import CASES, LAYER, RMS, TOLERANCE, NormCase
@@ -33,10 +33,8 @@ def proof_cases() -> list[BenchCase]:
             f"{case.name}{'_add' * summed}_{short(dtype)}",
             functools.partial(compare, case, dtype=dtype, summed=summed),
         )
-        for case in CASES
+        for case, dtype in in_types(CASES, others_of=IN_OTHER_TYPES)
         for summed in (False, True)
-        for dtype in (torch.bfloat16, torch.float32, torch.float16)
-        if dtype is torch.bfloat16 or case.name in IN_OTHER_TYPES
     ]
     quantised = [
         BenchCase(

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from megaseq.kernels.bench.passes import compare_passes, short
+from megaseq.kernels.bench.passes import compare_passes, in_types, short
 from megaseq.kernels.bench_case import BenchCase, Comparison
 from megaseq.kernels.rotary import rotate
 from megaseq.kernels.rotary.cases import CASES, TOLERANCE, RotaryCase
@@ -22,9 +22,7 @@ def proof_cases() -> list[BenchCase]:
     """All calls."""
     return [
         BenchCase("rotary", f"{case.name}_{short(dtype)}", functools.partial(compare, case, dtype=dtype))
-        for case in CASES
-        for dtype in (torch.bfloat16, torch.float32, torch.float16)
-        if dtype is torch.bfloat16 or case.name in IN_OTHER_TYPES
+        for case, dtype in in_types(CASES, others_of=IN_OTHER_TYPES)
     ]
 
 
