@@ -121,7 +121,7 @@ def test_an_error_is_told_once(cache: Path, tmp_path: Path) -> None:
     code, text = run_megaseq(train(tmp_path / "run", cache=cache, overrides=wrong), log=tmp_path / "log")
     assert code == 2
     assert [line[:50] for line in text.splitlines() if line.startswith("megaseq: ")] == [
-        "megaseq: SentencePiece.vocab_size: must suit the c"
+        "megaseq: vocabulary.source.vocab_size: must suit t"
     ], text
     assert "Traceback" not in text
 

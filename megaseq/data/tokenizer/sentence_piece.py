@@ -109,7 +109,7 @@ class SentencePiece(Tokenizer):
 
     @classmethod
     def make_files(cls, p: Tokenizer.Params, *, corpus: Corpus | None) -> dict[str, bytes]:
-        """Loads or learns the model; raises DataError if the corpus is too small for `vocab_size`."""
+        """Loads or learns the model; raises DataError if `vocab_size` does not suit the corpus."""
         assert isinstance(p, SentencePiece.Params)  # For the type checker: the params' class is bound to this one.
         if p.model_path:
             return {MODEL_FILE: read_file(p.model_path, data_dir=p.data_dir)}
@@ -137,11 +137,14 @@ class SentencePiece(Tokenizer):
             )
         except RuntimeError as error:
             reason = str(error).split("] ")[-1].strip().rstrip(".")
+            path = p.params_path or "SentencePiece"
+            # Only unigram models can have fewer pieces than were asked for.
+            fewer = f", or {path}.hard_vocab_limit=False" if p.model_type == "unigram" and p.hard_vocab_limit else ""
             raise data_error(
-                "SentencePiece.vocab_size",
+                f"{path}.vocab_size",
                 "suit the corpus",
                 f"{p.vocab_size}: {reason}",
-                "Set another vocab_size, or hard_vocab_limit=False",
+                f"Set another {path}.vocab_size{fewer}",
             ) from None
         return {MODEL_FILE: model.getvalue()}
 

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from megaseq.base.errors import DataError
+from megaseq.data import Vocabulary
 from megaseq.data.tokenizer import Corpus, SentencePiece, Tokenizer, build
 
 SYLLABLES = ("lo", "mi", "ra", "ten", "zu", "ber", "ga", "ni", "for", "dus")
@@ -129,3 +130,20 @@ def test_a_corpus_too_small() -> None:
     assert "\n" not in str(error.value)
     fewer = build(SentencePiece.Params(vocab_size=5000, hard_vocab_limit=False), corpus=CORPUS)
     assert 50 < fewer.vocab_size < 5000
+
+
+def test_a_corpus_too_small_names_the_params_of_the_run() -> None:
+    p = Vocabulary.Params(source=SentencePiece.Params(vocab_size=5000), target=SentencePiece.Params(vocab_size=5000))
+    assert p.target is not None
+    for side, tokenizer in (("source", p.source), ("target", p.target)):
+        with pytest.raises(DataError) as error:
+            build(tokenizer, corpus=CORPUS)
+        text = str(error.value)
+        assert text.startswith(f"{side}.vocab_size: must suit the corpus, but is 5000: ")
+        assert text.endswith(f"Set another {side}.vocab_size, or {side}.hard_vocab_limit=False.")
+
+
+def test_the_limit_of_bpe_is_not_offered_to_be_lifted() -> None:
+    with pytest.raises(DataError) as error:
+        build(SentencePiece.Params(vocab_size=6, model_type="bpe"), corpus=CORPUS)
+    assert str(error.value).endswith("Set another SentencePiece.vocab_size.")
