@@ -66,13 +66,6 @@ def location(owner: type, field: str) -> str:
     return f"{display_path(filename)}:{found.line}"
 
 
-def class_location(owner: type) -> str:
-    """Returns `file:line` of the class statement of `owner`; empty when its source cannot be read."""
-    filename = _file_of(owner)
-    line = _class_lines(filename).get(owner.__qualname__) if filename else None
-    return f"{display_path(filename)}:{line}" if filename and line else ""
-
-
 def _file_of(owner: type) -> str | None:
     module = sys.modules.get(owner.__module__)
     return getattr(module, "__file__", None)
@@ -94,11 +87,6 @@ def _declarations_in(filename: str) -> dict[str, dict[str, Declaration]]:
                 fields[statement.targets[0].id] = Declaration(statement.lineno, doc)
         found[qualname] = fields
     return found
-
-
-@functools.cache
-def _class_lines(filename: str) -> dict[str, int]:
-    return {qualname: node.lineno for qualname, node in _classes(filename)}
 
 
 @functools.lru_cache(maxsize=16)

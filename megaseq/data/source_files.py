@@ -9,7 +9,6 @@ import json
 import os
 import time
 import zlib
-from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 from types import TracebackType
@@ -159,11 +158,3 @@ def _write_json(path: Path, *, value: object) -> None:
         os.replace(temporary, path)
     except OSError:
         pass
-
-
-def iterate_files(paths: tuple[str, ...]) -> Iterator[tuple[str, list[bytes]]]:
-    """Streams (path, lines) over all `paths`, for readers that need one side only."""
-    for path in paths:
-        with LineReader(path) as reader:
-            while lines := reader.read(8192):
-                yield path, lines

@@ -7,8 +7,6 @@ import torch
 from megaseq.decode.finished import Finished
 from megaseq.decode.scoring import Scoring
 
-TERMINATIONS = ("score_gap", "full_beam", "heuristic", "never")
-
 
 def score_gap(active: torch.Tensor, *, finished: Finished, rows: torch.Tensor, gap: float, needed: int) -> torch.Tensor:
     """Lingvo's rule: every active hypothesis is `gap` or more below the best finished one, in log-probability.

@@ -108,27 +108,37 @@ def assign(
             f"learner.freeze_patterns: must leave a parameter to train, but all {len(names)} are frozen. Narrow "
             f"the patterns."
         )
+    trainable = {name: tensor for name, tensor in named_parameters.items() if name not in frozen}
+    groups = _groups(trainable, matched=matched, weight_decay=weight_decay, weight_decay_min_dims=weight_decay_min_dims)
+    kept = tuple(name for name in named_parameters if name in frozen)
+    return Assignment(groups=groups, frozen=kept, matches=tuple(matches))
+
+
+def _groups(
+    trainable: Mapping[str, Tensor],
+    *,
+    matched: Sequence[tuple[ParameterRule.Params, set[str]]],
+    weight_decay: float,
+    weight_decay_min_dims: int,
+) -> tuple[ParameterGroup, ...]:
+    """Returns parameters of equal treatment together; `matched` has each rule with the names that it is for."""
     treatments: dict[tuple[float, float], list[str]] = {}
-    for name, tensor in named_parameters.items():
-        if name in frozen:
-            continue
+    for name, tensor in trainable.items():
         decay = next((r.weight_decay for r, found in matched if name in found and r.weight_decay is not None), None)
         if decay is None:
             decay = weight_decay if tensor.dim() >= weight_decay_min_dims else 0.0
         scales = (r.learning_rate_scale for r, found in matched if name in found)
         scale = next((scale for scale in scales if scale is not None), 1.0)
         treatments.setdefault((decay, scale), []).append(name)
-    groups = tuple(
+    return tuple(
         ParameterGroup(
             names=tuple(members),
-            tensors=tuple(named_parameters[name] for name in members),
+            tensors=tuple(trainable[name] for name in members),
             weight_decay=decay,
             learning_rate_scale=scale,
         )
         for (decay, scale), members in treatments.items()
     )
-    kept = tuple(name for name in named_parameters if name in frozen)
-    return Assignment(groups=groups, frozen=kept, matches=tuple(matches))
 
 
 def _search(pattern: str, *, names: Sequence[str], path: str) -> list[str]:
