@@ -28,14 +28,14 @@ def check_shape(
         op: the op's name.
         argument: the argument's name.
         shape: for each dimension its size, a tuple of allowed sizes, or None for any.
-        legend: the dimensions' names, such as "[B, T, N, H]".
+        legend: the dimensions' names, such as "[B, T, N, H]", or "of x" for the shape of another tensor.
 
     Raises:
         KernelError: if the number of dimensions or a size differs.
     """
     sizes = tuple(tensor.shape)
     fits = len(sizes) == len(shape) and all(
-        want is None or (size in want if isinstance(want, tuple) else size == want)
+        want is None or (any(size == each for each in want) if isinstance(want, tuple) else size == want)
         for size, want in zip(sizes, shape, strict=True)
     )
     if fits:
@@ -46,7 +46,7 @@ def check_shape(
     raise fail(
         argument,
         op=op,
-        expected=f"have shape {legend} = [{wanted}]",
+        expected=f"have {'the ' * legend.startswith('of ')}shape {legend} = [{wanted}]",
         came=list(sizes),
         remedy=f"Reshape {argument} or the tensors it belongs to",
     )

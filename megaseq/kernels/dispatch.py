@@ -75,7 +75,7 @@ def choose(op: str, *, automatic: str, impossible: Mapping[str, str]) -> str:
     """
     wanted = requested(op)
     if wanted == "auto":
-        _log_once(op, automatic)
+        log_once(op, automatic)
         return automatic
     if wanted in impossible:
         others = ", ".join(name for name in IMPLEMENTATIONS[op] if name not in impossible)
@@ -87,7 +87,7 @@ def choose(op: str, *, automatic: str, impossible: Mapping[str, str]) -> str:
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _log_once(op: str, automatic: str) -> None:
+def log_once(op: str, automatic: str) -> None:
     """Says what `auto` chose; under torch.compile when the call is traced, as logging itself cannot be."""
     if (op, automatic) not in _logged:
         _logged.add((op, automatic))

@@ -1,8 +1,9 @@
-"""A typed door to `torch.autograd.Function.apply`, which torch leaves without annotations, and a short way to an op."""
+"""What ops share about torch: a typed door to autograd functions, a short way to an op, products without autocast."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -19,6 +20,16 @@ def apply_many(function: type[torch.autograd.Function], /, *arguments: Any) -> t
     """Applies a function that returns a tuple of tensors."""
     result: tuple[Tensor, ...] = function.apply(*arguments)  # type: ignore[no-untyped-call]
     return result
+
+
+def autocast_on(device: torch.device) -> bool:
+    """Whether autocast is on for `device`, of any type."""
+    return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[object]:
+    """Where products have the dtype of what is multiplied."""
+    return torch.autocast(device.type, enabled=False) if autocast_on(device) else nullcontext()
 
 
 def watched(tensor: Tensor) -> bool:

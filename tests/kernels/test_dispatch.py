@@ -8,7 +8,10 @@ import pytest
 import torch
 
 from megaseq.kernels import dispatch
+from megaseq.kernels.activation import gated_activation
 from megaseq.kernels.checks import KernelError
+from megaseq.kernels.norm import NormKind, norm
+from megaseq.kernels.rotary import rotate
 
 
 def test_auto_takes_the_automatic_and_logs_it_once(
@@ -20,6 +23,24 @@ def test_auto_takes_the_automatic_and_logs_it_once(
         for _ in range(3):
             assert dispatch.choose("attention", automatic="sdpa", impossible={}) == "sdpa"
     assert [record.getMessage() for record in caplog.records] == ["attention: auto runs the sdpa implementation"]
+
+
+def test_ops_that_are_quick_in_host_memory_log_it_too(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.delenv(dispatch.VARIABLE, raising=False)
+    monkeypatch.setattr(dispatch, "_logged", set())
+    angles = torch.zeros(1, 3, 1, 4)
+    with caplog.at_level(logging.INFO, logger="megaseq"):
+        for _ in range(2):
+            norm(torch.zeros(2, 4), weight=torch.ones(4), kind=NormKind(1e-6))
+            gated_activation(torch.zeros(2, 4), name="relu")
+            rotate(torch.zeros(2, 3, 1, 4), cosines=angles, sines=angles)
+    assert [record.getMessage() for record in caplog.records] == [
+        "norm: auto runs the torch implementation",
+        "activation: auto runs the reference implementation",
+        "rotary: auto runs the reference implementation",
+    ]
 
 
 @pytest.mark.parametrize(

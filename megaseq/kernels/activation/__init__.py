@@ -7,7 +7,7 @@ from torch import Tensor
 from megaseq.kernels.activation.op import triton_activation
 from megaseq.kernels.activation.reference import FUNCTIONS, reference_activation
 from megaseq.kernels.checks import check_floating, fail
-from megaseq.kernels.dispatch import choose, undirected
+from megaseq.kernels.dispatch import choose, log_once, undirected
 from megaseq.kernels.rows import unfit
 
 __all__ = ["gated_activation"]
@@ -33,14 +33,11 @@ def gated_activation(hidden: Tensor, *, name: str, gated: bool = True) -> Tensor
         KernelError: for a tensor or a name that does not fit, or an implementation asked for in `MEGASEQ_KERNELS` that
             cannot run this call.
     """
-    if hidden.is_cpu and undirected():
-        # Small tensors in decoding take no longer than the checks, which are left for what fails.
-        try:
-            return reference_activation(hidden, name=name, gated=gated)
-        except (RuntimeError, KeyError):
-            _check(hidden, name=name, gated=gated)
-            raise
     _check(hidden, name=name, gated=gated)
+    if hidden.is_cpu and undirected():
+        # Small tensors in decoding take no longer than to look for what else could run.
+        log_once(_OP, "reference")
+        return reference_activation(hidden, name=name, gated=gated)
     reason = unfit(hidden)
     automatic = "triton" if hidden.device.type == "cuda" and reason is None else "reference"
     chosen = choose(_OP, automatic=automatic, impossible={} if reason is None else {"triton": reason})

@@ -181,4 +181,6 @@ def _check(
 def _check_scalar(scalar: Tensor, *, argument: str, device: Tensor) -> None:
     if scalar.numel() != 1:
         raise fail(argument, op=_OP, expected="be one number", came=list(scalar.shape), remedy="Give a scalar tensor")
+    if argument != "skip" and scalar.dtype is not torch.float32:
+        raise fail(argument, op=_OP, expected="be float32", came=scalar.dtype, remedy="Cast it before the call")
     check_device(scalar, op=_OP, argument=argument, other=device, other_name="parameters")

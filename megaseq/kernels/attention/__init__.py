@@ -15,7 +15,7 @@ from megaseq.kernels.attention.reference import reference_attention, reference_l
 from megaseq.kernels.attention.relative_bias import RelativeBias
 from megaseq.kernels.attention.sdpa import sdpa_attention
 from megaseq.kernels.attention.segments import SegmentPlan, segment_attention
-from megaseq.kernels.checks import check_device, check_floating, check_like, check_shape, fail
+from megaseq.kernels.checks import check_device, check_floating, check_like, check_rate, check_shape, fail
 from megaseq.kernels.dispatch import choose, requested
 from megaseq.kernels.dropout import DropoutMask
 
@@ -274,6 +274,8 @@ def _check(
     check_floating(query, op=op, argument="query")
     check_shape(query, op=op, argument="query", shape=(None, None, None, None), legend="[B, T, N, H]")
     batch, query_length, num_heads, head_dim = query.shape
+    if head_dim == 0:
+        raise fail("query", op=op, expected="have heads of a width H above 0", came=0, remedy="Leave the call out")
     check_shape(key, op=op, argument="key", shape=(batch, None, None, head_dim), legend="[B, S, M, H]")
     check_shape(value, op=op, argument="value", shape=tuple(key.shape), legend="[B, S, M, H]")
     check_like(key, op=op, argument="key", other=query, other_name="query")
@@ -290,6 +292,7 @@ def _check(
     if isinstance(bias, RelativeBias):
         bias.check(num_heads=num_heads, like=query)
     elif bias is not None:
+        check_floating(bias, op=op, argument="bias")
         check_shape(
             bias,
             op=op,
@@ -300,7 +303,9 @@ def _check(
         check_device(bias, op=op, argument="bias", other=query, other_name="query")
     if mask is not None:
         mask.check(query=query, key_length=key_length)
-    if dropout is not None and isinstance(dropout.offset, Tensor):
-        check_device(dropout.offset, op=op, argument="dropout.offset", other=query, other_name="query")
-    if soft_cap is not None and soft_cap <= 0:
+    if dropout is not None:
+        check_rate(dropout.rate, op=op)
+        if isinstance(dropout.offset, Tensor):
+            check_device(dropout.offset, op=op, argument="dropout.offset", other=query, other_name="query")
+    if soft_cap is not None and not soft_cap > 0:
         raise fail("soft_cap", op=op, expected="be above 0", came=soft_cap, remedy="Use None for no cap")

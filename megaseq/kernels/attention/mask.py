@@ -52,7 +52,7 @@ class AttentionMask:
             window: hide keys that are `window` or more positions away.
 
         Raises:
-            KernelError: if `window` is below 1, or a tensor is not a matrix.
+            KernelError: if `window` is below 1, or a tensor is not a matrix of integers.
         """
         if window is not None and window < 1:
             raise fail(
@@ -67,6 +67,10 @@ class AttentionMask:
         for name, tensor in tensors.items():
             if tensor is not None:
                 check_shape(tensor, op="attention mask", argument=name, shape=(None, None), legend="[B, length]")
+                if tensor.dtype.is_floating_point or tensor.dtype.is_complex:
+                    raise fail(
+                        name, op="attention mask", expected="be integers", came=tensor.dtype, remedy="Cast it before"
+                    )
         self.query_segment_ids = query_segment_ids
         self.key_segment_ids = key_segment_ids
         self.query_positions = query_positions
@@ -96,7 +100,8 @@ class AttentionMask:
         for name, tensor, rows, length in wanted:
             if tensor is None:
                 continue
-            if not (tensor.shape[1] == length and tensor.shape[0] in rows):
+            # Compared one by one: in a graph of any sizes nobody knows whether a symbol is in a tuple.
+            if not (tensor.shape[1] == length and (tensor.shape[0] == rows[0] or tensor.shape[0] == rows[-1])):
                 check_shape(tensor, op="attention", argument=name, shape=(rows, length), legend="[B, length]")
             check_device(tensor, op="attention", argument=name, other=query, other_name="query")
 
@@ -152,7 +157,8 @@ class AttentionMask:
     def shortcut(self, *, query_length: int, key_length: int) -> Shortcut | None:
         """Says "full" if every query sees every key, "causal" if it is exactly the lower triangle, None if neither.
 
-        It reads the tensors, so it answers only in host memory: on an accelerator it would wait for the device.
+        It reads the tensors, so it answers only in host memory, on an accelerator it would wait for the device; and not
+        in a graph, which is to hold for other tensors too.
         """
         key = (query_length, key_length)
         if key not in self._shortcuts:
@@ -183,7 +189,8 @@ class AttentionMask:
 
     def _find_shortcut(self, query_length: int, key_length: int) -> Shortcut | None:
         tensors = (self.query_segment_ids, self.key_segment_ids, self.query_positions, self.key_positions)
-        if any(tensor is not None and tensor.device.type != "cpu" for tensor in tensors):
+        given = [tensor for tensor in tensors if tensor is not None]
+        if given and (torch.compiler.is_compiling() or any(tensor.device.type != "cpu" for tensor in given)):
             return None
         if self.window is not None and self.window < max(query_length, key_length):
             return None
@@ -224,6 +231,8 @@ class AttentionMask:
     def _find_plan(self) -> SegmentPlan | None:
         query_ids, key_ids = self.query_segment_ids, self.key_segment_ids
         if query_ids is None or key_ids is None or self.window is not None or query_ids.device.type != "cpu":
+            return None
+        if torch.compiler.is_compiling():
             return None
         if self.causal and not (query_ids is key_ids or torch.equal(query_ids, key_ids)):
             return None

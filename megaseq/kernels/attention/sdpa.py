@@ -42,6 +42,10 @@ def sdpa_attention(
             attn_mask = mask.biased(bias, dtype=query.dtype, query_length=sizes[0], key_length=sizes[1])
     elif bias is not None:
         attn_mask = bias.to(query.dtype)
+    grouped = False
+    # Not the comparison itself, which in a graph of any sizes is a symbol, and the op wants a bool.
+    if query.shape[2] != key.shape[2]:
+        grouped = True
     return functional.scaled_dot_product_attention(
         query.transpose(1, 2),
         key.transpose(1, 2),
@@ -49,5 +53,5 @@ def sdpa_attention(
         attn_mask=attn_mask,
         is_causal=is_causal,
         scale=scale,
-        enable_gqa=query.shape[2] != key.shape[2],
+        enable_gqa=grouped,
     ).transpose(1, 2)

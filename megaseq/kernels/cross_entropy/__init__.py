@@ -11,6 +11,7 @@ from megaseq.kernels.cross_entropy.fused import fused_cross_entropy
 from megaseq.kernels.cross_entropy.reference import reference_cross_entropy
 from megaseq.kernels.cross_entropy.settings import CrossEntropy, LossSums, VocabularyShare
 from megaseq.kernels.dispatch import choose
+from megaseq.kernels.functions import autocast_on
 from megaseq.kernels.rows import unfit
 
 __all__ = ["CrossEntropy", "LossSums", "VocabularyShare", "linear_cross_entropy"]
@@ -61,9 +62,15 @@ def linear_cross_entropy(
     on_gpu = hidden.device.type == "cuda" and unfit_for_triton is None
     chosen = choose("cross_entropy", automatic="triton" if on_gpu else "chunked", impossible=impossible)
     if chosen == "reference":
-        kept = weights.nonzero()[:, 0]
+        if torch.compiler.is_compiling():
+            # How many tokens count is no part of a graph; what is not finite in padding must not reach the sums.
+            counts = weights != 0
+            hidden, labels = torch.where(counts[:, None], hidden, 0), torch.where(counts, labels, 0)
+        else:
+            kept = weights.nonzero()[:, 0]
+            hidden, labels, weights = hidden[kept], labels[kept], weights[kept]
         return reference_cross_entropy(
-            hidden[kept], weight=weight, bias=bias, labels=labels[kept], weights=weights[kept], settings=settings
+            hidden, weight=weight, bias=bias, labels=labels, weights=weights, settings=settings
         )
     by_chunks = fused_cross_entropy if chosen == "triton" else chunked_cross_entropy
     return by_chunks(
@@ -103,10 +110,11 @@ def _check(
     check_device(labels, op=_OP, argument="labels", other=hidden, other_name="hidden")
     check_device(weights, op=_OP, argument="weights", other=hidden, other_name="hidden")
     # Autocast leaves hidden states in a lower precision than the weights; the op casts as autocast would.
-    if not torch.is_autocast_enabled(hidden.device.type):
+    if not autocast_on(hidden.device):
         check_like(weight, op=_OP, argument="weight", other=hidden, other_name="hidden")
     if bias is not None:
         check_shape(bias, op=_OP, argument="bias", shape=(num_classes,), legend="[V]")
+        check_floating(bias, op=_OP, argument="bias")
         check_device(bias, op=_OP, argument="bias", other=hidden, other_name="hidden")
     if labels.dtype is not torch.int64:
         raise fail("labels", op=_OP, expected="be int64", came=labels.dtype, remedy="Cast labels before the call")
@@ -118,6 +126,10 @@ def _check(
             came=settings.label_smoothing,
             remedy="Set it to 0 for none",
         )
+    if settings.soft_cap is not None and not settings.soft_cap > 0:
+        raise fail("soft_cap", op=_OP, expected="be above 0", came=settings.soft_cap, remedy="Use None for no cap")
+    if not settings.z_loss >= 0:
+        raise fail("z_loss", op=_OP, expected="be at least 0", came=settings.z_loss, remedy="Set it to 0 for none")
     if settings.chunk is not None and settings.chunk < 1:
         raise fail("chunk", op=_OP, expected="be at least 1", came=settings.chunk, remedy="Use None for automatic")
     # In host memory the look costs nothing; on an accelerator it would wait for the device, and a graph cannot look.

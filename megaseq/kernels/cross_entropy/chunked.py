@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from megaseq.kernels.cross_entropy.settings import CrossEntropy, LossSums, VocabularyShare
-from megaseq.kernels.functions import apply_many
+from megaseq.kernels.functions import apply_many, autocast_on, without_autocast
 
 CHUNK_BYTES = 64 << 20
 """Size of one chunk's logits in bytes, at most; there are two such buffers."""
@@ -39,11 +39,56 @@ def chunked_cross_entropy(
     vocabulary: VocabularyShare | None = None,
 ) -> LossSums:
     """`linear_cross_entropy` by chunks; shapes as there."""
+    if vocabulary is None and (torch.compiler.is_compiling() or hidden.is_meta):
+        # How many tokens count is known when it runs, by one operator: no graph and no meta tensor says it.
+        from megaseq.kernels.cross_entropy.chunked_op import as_operator
+
+        return as_operator(hidden, weight=weight, bias=bias, labels=labels, weights=weights, settings=settings)
     return LossSums(*apply_many(_LinearCrossEntropy, hidden, weight, bias, labels, weights, settings, vocabulary))
 
 
+def sums_of(
+    hidden: Tensor,
+    *,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    weights: Tensor,
+    settings: CrossEntropy,
+    vocabulary: VocabularyShare | None,
+    wanted: tuple[bool, bool, bool],
+) -> tuple[ChunkedSums, Tensor | None]:
+    """The sums over the tokens that count, and if these are not all, their places [n].
+
+    Args:
+        hidden: [N, D] in the dtype of the products.
+        weight: [V, D].
+        bias: [V].
+        labels: int64 [N].
+        weights: [N].
+        settings: as of `linear_cross_entropy`.
+        vocabulary: likewise.
+        wanted: which gradients: of hidden, weight, bias.
+    """
+    places: Tensor | None = weights.nonzero()[:, 0]
+    if places is None or places.numel() == weights.numel():
+        places = None
+    else:
+        hidden, labels, weights = (each.index_select(0, places) for each in (hidden, labels, weights))
+    compute = hidden.dtype
+    # Autocast would round the sums over tokens too, and with them the losses and how many tokens there are.
+    with without_autocast(hidden.device):
+        head = _Head(
+            weight=weight.to(compute),
+            bias=None if bias is None else bias.to(compute),
+            settings=settings,
+            vocabulary=vocabulary,
+        )
+        return _run(hidden, head=head, labels=labels, weights=weights, wanted=wanted), places
+
+
 @dataclass
-class _Sums:
+class ChunkedSums:
     """Running sums over chunks: scalars of the loss, gradients where they are wanted."""
 
     scalars: Tensor
@@ -64,25 +109,16 @@ class _LinearCrossEntropy(torch.autograd.Function):
         settings: CrossEntropy,
         vocabulary: VocabularyShare | None,
     ) -> tuple[Tensor, ...]:
-        compute = _compute_dtype(hidden)
-        places = weights.nonzero()[:, 0]
-        all_count = places.numel() == weights.numel()
-        rows = hidden if all_count else hidden.index_select(0, places)
-        if not all_count:
-            labels, weights = labels.index_select(0, places), weights.index_select(0, places)
-        sums = _run(
-            rows.to(compute),
-            head=_Head(
-                weight=weight.to(compute),
-                bias=None if bias is None else bias.to(compute),
-                settings=settings,
-                vocabulary=vocabulary,
-            ),
+        sums, places = sums_of(
+            hidden.to(compute_dtype(hidden)),
+            weight=weight,
+            bias=bias,
             labels=labels,
             weights=weights,
+            settings=settings,
+            vocabulary=vocabulary,
             wanted=ctx.needs_input_grad[:3],
         )
-        ctx.has_places = not all_count
         ctx.hidden_like = (hidden.shape, hidden.dtype)
         ctx.dtypes = (weight.dtype, None if bias is None else bias.dtype)
         ctx.save_for_backward(sums.hidden, sums.weight, sums.bias, places)
@@ -99,7 +135,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         of_hidden = None
         if of_rows is not None:
             of_hidden = (of_rows * gradient).to(dtype)
-            if ctx.has_places:
+            if places is not None:
                 of_hidden = of_hidden.new_zeros(shape).index_copy_(0, places, of_hidden)
         return (
             of_hidden,
@@ -112,12 +148,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
         )
 
 
-def _run(rows: Tensor, *, head: _Head, labels: Tensor, weights: Tensor, wanted: tuple[bool, bool, bool]) -> _Sums:
+def _run(rows: Tensor, *, head: _Head, labels: Tensor, weights: Tensor, wanted: tuple[bool, bool, bool]) -> ChunkedSums:
     """Goes over the chunks of rows [n, D], all of which count."""
     precise = torch.promote_types(rows.dtype, torch.float32)
     weight, bias, settings = head.weight, head.bias, head.settings
     count, num_classes = rows.shape[0], weight.shape[0]
-    sums = _Sums(
+    sums = ChunkedSums(
         scalars=torch.zeros(5, dtype=precise, device=rows.device),
         hidden=torch.empty(rows.shape, dtype=precise, device=rows.device) if wanted[0] else None,
         weight=torch.zeros(weight.shape, dtype=precise, device=rows.device) if wanted[1] else None,
@@ -178,7 +214,7 @@ class _Head:
         self.token_sum = token_sum if self.token_sum is None else self.token_sum + token_sum
         self.token_weight = weights.sum() if self.token_weight is None else self.token_weight + weights.sum()
 
-    def finish(self, sums: _Sums) -> None:
+    def finish(self, sums: ChunkedSums) -> None:
         """Adds this part of the gradient of weight and bias."""
         if not self.linear or self.token_sum is None or self.token_weight is None:
             return
@@ -195,7 +231,7 @@ def _chunk(
     weights: Tensor,
     buffers: tuple[Tensor, Tensor],
     head: _Head,
-    sums: _Sums,
+    sums: ChunkedSums,
     place: slice,
 ) -> None:
     """One chunk: adds its share to `sums`. `rows` [n, D] are already scaled; `buffers` are two of [n, V]."""
@@ -325,7 +361,7 @@ def _products(
     row_factor: Tensor | None,
     weights: Tensor,
     head: _Head,
-    sums: _Sums,
+    sums: ChunkedSums,
     place: slice,
 ) -> None:
     """Adds the products of the logits' gradient [n, V] with weights and rows to `sums`."""
@@ -353,9 +389,8 @@ def _products(
         head.count(rows, weights=weights)
 
 
-def _compute_dtype(hidden: Tensor) -> torch.dtype:
-    """The dtype of the matrix products: autocast's where it is on, as inside an autograd function it does not act."""
-    kind = hidden.device.type
-    if torch.is_autocast_enabled(kind) and hidden.dtype is not torch.float64:
-        return torch.get_autocast_dtype(kind)
+def compute_dtype(hidden: Tensor) -> torch.dtype:
+    """The dtype of the matrix products: autocast's where it is on, which inside of the op it is not."""
+    if autocast_on(hidden.device) and hidden.dtype is not torch.float64:
+        return torch.get_autocast_dtype(hidden.device.type)
     return hidden.dtype

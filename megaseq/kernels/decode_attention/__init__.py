@@ -46,8 +46,8 @@ def decode_attention(
         [B, K, N, H] in the dtype of `query`; zeros for rows of length 0.
 
     Raises:
-        KernelError: for tensors that do not fit each other, a wanted gradient, or an implementation asked for in
-            `MEGASEQ_KERNELS` that cannot run this call.
+        KernelError: for tensors that do not fit each other, in host memory also for pages that are not there, a wanted
+            gradient, or an implementation asked for in `MEGASEQ_KERNELS` that cannot run this call.
     """
     check_floating(query, op=_OP, argument="query")
     check_shape(query, op=_OP, argument="query", shape=(None, None, None, None), legend="[B, K, N, H]")
@@ -89,7 +89,7 @@ def _check_others(
         check_device(bias, op=_OP, argument="bias", other=query, other_name="query")
         if bias.shape[1] == 0:
             raise fail("bias", op=_OP, expected="have a column", came=0, remedy="Use None for no bias")
-    if soft_cap is not None and soft_cap <= 0:
+    if soft_cap is not None and not soft_cap > 0:
         raise fail("soft_cap", op=_OP, expected="be above 0", came=soft_cap, remedy="Use None for no cap")
     if window is not None and window < 1:
         raise fail("window", op=_OP, expected="be at least 1", came=window, remedy="Use None for no window")

@@ -96,7 +96,23 @@ class KeyValueCache:
                 raise fail(name, op=_OP, expected="be float32", came=scale.dtype, remedy="Cast it before the call")
         if self.key_scale is not None and self.value_scale is not None:
             wanted = tuple(self.key_scale.shape)
-            check_shape(self.value_scale, op=_OP, argument="value_scale", shape=wanted, legend="that of key_scale")
+            check_shape(self.value_scale, op=_OP, argument="value_scale", shape=wanted, legend="of key_scale")
+
+
+def check_pages(pages: Tensor, *, count: int) -> None:
+    """Checks that entries of a table name pages of a cache of `count`; an accelerator's nobody sees without waiting.
+
+    Raises:
+        KernelError: if one in host memory does not.
+    """
+    if pages.device.type != "cpu" or not pages.numel():
+        return
+    low, high = (int(bound) for bound in torch.aminmax(pages))
+    if low < 0 or high >= count:
+        raise fail(
+            "table", op=_OP, expected=f"name pages in [0, {count}) as far as rows are long",
+            came=low if low < 0 else high, remedy="Take the pages from the cache",
+        )  # fmt: skip
 
 
 def check_integers(tensor: Tensor, *, argument: str, query: Tensor) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from megaseq.kernels.attention.lookup import attend_places, attend_shared, fits_lookup
-from megaseq.kernels.decode_attention.cache import KeyValueCache
+from megaseq.kernels.decode_attention.cache import KeyValueCache, check_pages
 
 
 def unfit(
@@ -57,6 +57,7 @@ def native_decode_attention(
     length = cache.capacity if lengths is None else int(lengths.view(-1)[0])
     first = 0 if window is None else max(0, length - window)
     places = cache.table[..., first:length].flatten(0, 1).long().contiguous()
+    check_pages(places, count=cache.key.shape[0])
     heads = attend_places(
         query.flatten(0, 1), key=cache.key[:, 0], value=cache.value[:, 0], places=places, length=length - first,
         scale=scale, bias=None if bias is None else bias[:, bias.shape[1] - (length - first) :],

@@ -14,6 +14,7 @@ from megaseq.kernels.decode_attention import configs, host
 from megaseq.kernels.decode_attention.cache import KeyValueCache
 from megaseq.kernels.decode_attention.reference import reference_decode_attention
 from megaseq.kernels.dispatch import choose
+from megaseq.kernels.functions import without_autocast
 
 
 def run(
@@ -45,7 +46,10 @@ def run(
     implementation: Callable[..., Tensor] = reference_decode_attention
     if chosen == "triton":
         from megaseq.kernels.decode_attention.launch import triton_decode_attention as implementation
-    return implementation(query, cache=cache, lengths=lengths, bias=bias, scale=scale, soft_cap=soft_cap, window=window)
+    with without_autocast(query.device):
+        return implementation(
+            query, cache=cache, lengths=lengths, bias=bias, scale=scale, soft_cap=soft_cap, window=window
+        )
 
 
 def _unable(query: Tensor) -> str | None:

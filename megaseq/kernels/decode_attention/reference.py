@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from megaseq.kernels.decode_attention.cache import KeyValueCache
+from megaseq.kernels.decode_attention.cache import KeyValueCache, check_pages
 
 
 def reference_decode_attention(
@@ -70,15 +70,16 @@ def _gather(cache: KeyValueCache, *, read: Tensor, dtype: torch.dtype) -> tuple[
     table = cache.table
     if not cache.own:
         read = read.any(dim=1, keepdim=True)
+    pages = None
+    if table is not None:
+        pages = table.unsqueeze(1) if table.dim() == 2 else table
+        used = read.view(*read.shape[:2], pages.shape[-1], cache.key.shape[1]).any(dim=-1)
+        pages = pages.masked_fill(~used, 0).long()
+        check_pages(pages, count=cache.key.shape[0])
     pair = []
     for entries, scale in ((cache.key, cache.key_scale), (cache.value, cache.value_scale)):
         whole = dequantise(entries, scale=scale, dtype=dtype)
-        if table is None:
-            found = whole.unsqueeze(1)
-        else:
-            pages = table.unsqueeze(1) if table.dim() == 2 else table
-            used = read.view(*read.shape[:2], pages.shape[-1], entries.shape[1]).any(dim=-1)
-            found = whole[pages.masked_fill(~used, 0).long()].flatten(2, 3)
+        found = whole.unsqueeze(1) if pages is None else whole[pages].flatten(2, 3)
         # Not multiplied: what is not read may be anything, NaN also.
         pair.append(found.masked_fill(~read[..., None, None], 0.0))
     return pair[0], pair[1]

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from megaseq.kernels.checks import check_floating, check_shape, fail
+from megaseq.kernels.checks import check_device, check_floating, check_like, check_shape, fail
 from megaseq.kernels.dispatch import choose
+from megaseq.kernels.functions import autocast_on
 from megaseq.kernels.grouped_linear.reference import reference_grouped_linear
 
 __all__ = ["grouped_linear"]
@@ -23,19 +24,26 @@ def grouped_linear(x: Tensor, *, weight: Tensor, counts: Sequence[int]) -> Tenso
 
     Args:
         x: [A, D], the rows of the first group first.
-        weight: [G, F, D], a matrix for each group.
+        weight: [G, F, D], a matrix for each group, in the dtype of `x` unless autocast is on.
         counts: rows of each group, A together; groups may be empty.
 
     Returns:
         [A, F]: `x_g W_g^T` for each group g.
 
     Raises:
-        KernelError: for shapes that do not fit, or if `MEGASEQ_KERNELS` asks for an implementation that cannot run.
+        KernelError: for shapes, dtypes, devices or counts that do not fit, or if `MEGASEQ_KERNELS` asks for an
+            implementation that cannot run.
     """
     op = "grouped_linear"
     check_floating(x, op=op, argument="x")
     check_shape(x, op=op, argument="x", shape=(None, None), legend="[A, D]")
     check_shape(weight, op=op, argument="weight", shape=(len(counts), None, x.shape[1]), legend="[G, F, D]")
+    check_device(weight, op=op, argument="weight", other=x, other_name="x")
+    # Autocast makes the dtypes one.
+    if not autocast_on(x.device):
+        check_like(weight, op=op, argument="weight", other=x, other_name="x")
+    if any(count < 0 for count in counts):
+        raise fail("counts", op=op, expected="be at least 0", came=min(counts), remedy="Count the rows of each group")
     if sum(counts) != x.shape[0]:
         raise fail(
             "counts",

@@ -6,16 +6,16 @@ import torch
 from torch import Tensor
 
 from megaseq.kernels.checks import check_device, check_floating, check_shape, fail
-from megaseq.kernels.dispatch import choose, undirected
+from megaseq.kernels.dispatch import choose, log_once, undirected
 from megaseq.kernels.norm import apex
 from megaseq.kernels.norm.configs import WIDEST
 from megaseq.kernels.norm.op import run_norm, triton_norm_quantize
 from megaseq.kernels.norm.reference import precise_norm, reference_norm
 from megaseq.kernels.norm.settings import NormKind, QuantizedNorm
 from megaseq.kernels.quantize import lacks_e4m3
-from megaseq.kernels.quantize.formats import FormatName, Quantized
+from megaseq.kernels.quantize.formats import FORMATS, FormatName, Quantized
 from megaseq.kernels.quantize.reference import reference_quantize
-from megaseq.kernels.rows import unfit
+from megaseq.kernels.rows import DTYPES, unfit
 
 __all__ = ["NormKind", "QuantizedNorm", "add_norm", "norm", "norm_quantize"]
 
@@ -40,6 +40,7 @@ def norm(x: Tensor, *, weight: Tensor, bias: Tensor | None = None, kind: NormKin
     """
     if x.is_cpu and undirected():
         # Small tensors in decoding take no longer than the checks, which are left for what fails.
+        log_once(_OP, "torch")
         try:
             return _torch_norm(x, weight=weight, bias=bias, kind=kind)
         except RuntimeError:
@@ -72,7 +73,7 @@ def add_norm(
     Raises:
         KernelError: as `norm`.
     """
-    if x.is_cpu and undirected() and residual.shape == x.shape:
+    if x.is_cpu and undirected() and residual.is_cpu and residual.shape == x.shape and residual.is_floating_point():
         total = residual + x
         return norm(total, weight=weight, bias=bias, kind=kind), total
     _check(x, weight=weight, bias=bias, residual=residual, op="add_norm")
@@ -98,7 +99,7 @@ def norm_quantize(
         x: [..., D], fp32, bf16 or fp16.
         weight: as in `norm`.
         bias: as in `norm`.
-        residual: [..., D], or None.
+        residual: [..., D] of such a dtype, or None.
         kind: which norm.
         form: the format of the values; see `quantize`.
 
@@ -106,6 +107,14 @@ def norm_quantize(
         KernelError: as `norm`.
     """
     _check(x, weight=weight, bias=bias, residual=residual, op="norm_quantize")
+    for name, tensor in (("x", x), ("residual", residual)):
+        if tensor is not None and tensor.dtype not in DTYPES:
+            raise fail(
+                name, op="norm_quantize", expected="be float32, bfloat16 or float16", came=tensor.dtype,
+                remedy="Cast it before the call",
+            )  # fmt: skip
+    if form not in FORMATS:
+        raise fail("form", op="norm_quantize", expected=f"be one of {', '.join(FORMATS)}", came=form, remedy="Use int8")
     x, weight = x.detach(), weight.detach()
     bias, residual = (None if tensor is None else tensor.detach() for tensor in (bias, residual))
     no_floats = form == "e4m3" and lacks_e4m3(x.device)
@@ -122,13 +131,32 @@ def norm_quantize(
 
 def _torch_norm(x: Tensor, *, weight: Tensor, bias: Tensor | None, kind: NormKind) -> Tensor:
     """Torch's own norms, without the detour of torch.nn.functional."""
+    width = x.shape[-1:]
+    if kind.centred:
+        if weight.dtype is not x.dtype or (bias is not None and bias.dtype is not x.dtype):
+            return _mixed_layer_norm(x, weight=weight, bias=bias, kind=kind)
+        return torch.layer_norm(x, width, weight + 1.0 if kind.add_one else weight, bias, kind.eps)
     if kind.add_one:
         weight = weight + 1.0
-    if kind.centred:
-        return torch.layer_norm(x, weight.shape, weight, bias, kind.eps)
     # Only with a weight of the input's dtype is the fused path taken.
-    y = torch.rms_norm(x, weight.shape, weight if weight.dtype is x.dtype else weight.to(x.dtype), kind.eps)
-    return y if bias is None else y + bias.to(x.dtype)
+    if weight.dtype is not x.dtype:
+        check_floating(weight, op=_OP, argument="weight")
+        weight = weight.to(x.dtype)
+    y = torch.rms_norm(x, width, weight, kind.eps)
+    if bias is None:
+        return y
+    check_floating(bias, op=_OP, argument="bias")
+    check_shape(bias, op=_OP, argument="bias", shape=tuple(width), legend="[D]")
+    return y + bias.to(x.dtype)
+
+
+def _mixed_layer_norm(x: Tensor, *, weight: Tensor, bias: Tensor | None, kind: NormKind) -> Tensor:
+    """Where weight or bias have another dtype than `x`: torch takes float32 beside a narrower `x` in host memory."""
+    _check(x, weight=weight, bias=bias, residual=None, op=_OP)
+    wide = all(tensor is None or tensor.dtype is torch.float32 for tensor in (weight, bias))
+    if x.is_cpu and wide and x.dtype in (torch.bfloat16, torch.float16):
+        return torch.layer_norm(x, x.shape[-1:], weight + 1.0 if kind.add_one else weight, bias, kind.eps)
+    return reference_norm(x, weight=weight, bias=bias, kind=kind)
 
 
 def _choose(x: Tensor, *, weight: Tensor, bias: Tensor | None, residual: Tensor | None, kind: NormKind) -> str:
@@ -178,7 +206,7 @@ def _check(x: Tensor, *, weight: Tensor, bias: Tensor | None, residual: Tensor |
     for name, tensor, shape, legend in (
         ("weight", weight, x.shape[-1:], "[D]"),
         ("bias", bias, x.shape[-1:], "[D]"),
-        ("residual", residual, x.shape, "that of x"),
+        ("residual", residual, x.shape, "of x"),
     ):
         if tensor is not None:
             check_floating(tensor, op=op, argument=name)

@@ -56,7 +56,7 @@ def quantize(
 
 
 def dequantize(quantized: Quantized, *, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Returns values times the scales of their blocks: [..., D] in `dtype`, rounded once from fp32.
+    """Returns values times the scales of their blocks: [..., D] in `dtype`, rounded once from fp32; without gradient.
 
     Args:
         quantized: from `quantize`.
@@ -68,6 +68,7 @@ def dequantize(quantized: Quantized, *, dtype: torch.dtype = torch.float32) -> T
     """
     values, scales, block = quantized
     form = check_quantized(quantized, op="dequantize")
+    scales = scales.detach()
     if dtype not in _FLOATS:
         raise fail(
             "dtype",

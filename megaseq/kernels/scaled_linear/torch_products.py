@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from megaseq.kernels.activation.reference import FUNCTIONS
+from megaseq.kernels.functions import without_autocast
 from megaseq.kernels.quantize.e4m3 import decode_e4m3
 from megaseq.kernels.quantize.formats import Quantized
 
@@ -43,7 +44,8 @@ def _integers(x: Tensor, weight: Tensor) -> Tensor:
 def fp32_linear(x: Quantized, *, weight: Quantized, bias: Tensor | None, activation: str, dtype: torch.dtype) -> Tensor:
     """A product in fp32, where there is none in the format: of e4m3 in host memory, and on GPUs before sm_89."""
     rows, columns = _decoded(x), _decoded(weight)
-    y = functional.linear(rows, columns)
+    with without_autocast(rows.device):
+        y = functional.linear(rows, columns)
     if x.scales.shape[1] == 1:
         y.mul_(x.scales)
     of_columns = weight.scales[:, 0] if weight.scales.shape[1] == 1 else None

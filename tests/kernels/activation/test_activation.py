@@ -54,3 +54,9 @@ def test_what_torch_refuses_is_one_sentence() -> None:
         gated_activation(torch.zeros(3, 4), name="softplus")
     with pytest.raises(KernelError, match=r"activation: hidden must have shape \[..., 2F\], but is \[3, 5\]"):
         gated_activation(torch.zeros(3, 5), name="relu")
+    # Halves of 2 and 1, of 1 and nothing: torch would broadcast the one and not divide the other.
+    for width in (3, 1):
+        with pytest.raises(KernelError, match=rf"hidden must have shape \[..., 2F\], but is \[2, {width}\]"):
+            gated_activation(torch.zeros(2, width), name="relu")
+    with pytest.raises(KernelError, match=r"activation: hidden must be floating point, but is torch\.int64"):
+        gated_activation(torch.zeros(2, 4, dtype=torch.int64), name="relu")

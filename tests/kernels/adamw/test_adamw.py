@@ -292,6 +292,8 @@ SETTINGS, STEP = AdamWSettings(0.1), torch.ones(())
         ({"moments": (P, P.bfloat16())}, r"moments\[1\] must be float32"),
         ({"copy": torch.zeros(4)}, "copy must be bfloat16 or float16"),
         ({"step": torch.ones(2)}, "step must be one number"),
+        ({"step": torch.ones((), dtype=torch.int64)}, "step must be float32, but is torch.int64"),
+        ({"divisor": torch.ones((), dtype=torch.float64)}, "divisor must be float32, but is torch.float64"),
         ({"settings": AdamWSettings(0.1, weight_decay=Segments(LONG, torch.zeros(2)))}, "weight_decay must have shape"),
         ({"settings": AdamWSettings(0.1, weight_decay=Segments(LONG.int(), torch.zeros(1)))}, "must be int64 ends"),
     ],

@@ -334,6 +334,9 @@ def test_strided_views_of_a_fused_projection(monkeypatch: pytest.MonkeyPatch) ->
         ({"key": torch.zeros(2, 7, 3, 16), "value": torch.zeros(2, 7, 3, 16)}, "divides the query's 4, but is 3"),
         ({"value": torch.zeros(2, 7, 4, 16, dtype=torch.float64)}, "value must have the dtype of query, torch.float32"),
         ({"bias": torch.zeros(1, 4, 7, 6)}, "bias must have shape"),
+        ({"bias": torch.ones(1, 1, 7, 7, dtype=torch.bool)}, "bias must be floating point, but is torch.bool"),
+        ({"dropout": DropoutMask(1.5, (1, 2, 3))}, "rate must be at least 0 and below 1, but is 1.5"),
+        ({"soft_cap": math.nan}, "soft_cap must be above 0, but is nan"),
         ({"bias": RelativeBias()}, "bias must have a table or slopes, but is neither"),
         ({"bias": RelativeBias(table=torch.zeros(3, 5))}, r"bias.table must have shape \[N, W\] = \[4, any\]"),
         ({"bias": RelativeBias(table=torch.zeros(4, 0))}, "bias.table must have a column"),
@@ -348,6 +351,12 @@ def test_what_does_not_fit_is_one_sentence(change: dict[str, object], words: str
     with pytest.raises(KernelError, match=words) as caught:
         attention(query, **arguments)  # type: ignore[arg-type]
     assert "\n" not in str(caught.value)
+
+
+def test_heads_without_elements_are_one_sentence() -> None:
+    empty = torch.zeros(2, 3, 4, 0)
+    with pytest.raises(KernelError, match="attention: query must have heads of a width H above 0, but is 0"):
+        attention(empty, key=empty, value=empty)
 
 
 def test_request_that_cannot_run_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -90,6 +90,8 @@ def test_plan_refuses_segments_in_pieces_and_strange_positions() -> None:
 def test_bad_arguments() -> None:
     with pytest.raises(KernelError, match="window must be at least 1, but is 0"):
         AttentionMask(window=0)
+    with pytest.raises(KernelError, match=r"attention mask: key_segment_ids must be integers, but is torch\.float32"):
+        AttentionMask(key_segment_ids=torch.ones(2, 3))
     with pytest.raises(KernelError, match=r"key_segment_ids must have shape \[B, length\]"):
         AttentionMask(key_segment_ids=torch.ones(3, dtype=torch.int64))
 

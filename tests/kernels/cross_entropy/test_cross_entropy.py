@@ -154,6 +154,18 @@ def test_under_autocast_the_products_are_bf16() -> None:
     torch.testing.assert_close(found, exact, rtol=3e-2, atol=0)
 
 
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_autocast_rounds_what_is_multiplied_and_no_sums(variant: CrossEntropy) -> None:
+    arguments = tensors(count=300, width=4, classes=6, dtype=torch.float32)
+    arguments["weights"] = torch.full((300,), 0.3)
+    rounded = {name: each.bfloat16() if each.requires_grad else each for name, each in arguments.items()}
+    expected = linear_cross_entropy(**rounded, settings=variant)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = linear_cross_entropy(**arguments, settings=variant)
+    torch.testing.assert_close(tuple(found), tuple(expected), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(found.weight, torch.tensor(90.0), rtol=1e-6, atol=0)
+
+
 def test_without_gradients_nothing_is_saved() -> None:
     arguments = tensors(count=8, width=4, classes=6, dtype=torch.float32)
     with torch.no_grad():
@@ -171,6 +183,9 @@ def test_without_gradients_nothing_is_saved() -> None:
         ({"labels": torch.zeros(5, dtype=torch.int64)}, r"labels must have shape \[N\] = \[6\], but is \[5\]"),
         ({"bias": torch.zeros(4)}, "bias must have shape"),
         ({"settings": CrossEntropy(label_smoothing=1.0)}, "label_smoothing must be at least 0 and below 1"),
+        ({"bias": torch.zeros(5, dtype=torch.int64)}, "bias must be floating point, but is torch.int64"),
+        ({"settings": CrossEntropy(soft_cap=0.0)}, "soft_cap must be above 0, but is 0.0"),
+        ({"settings": CrossEntropy(z_loss=-1.0)}, "z_loss must be at least 0, but is -1.0"),
         ({"settings": CrossEntropy(chunk=0)}, "chunk must be at least 1, but is 0"),
     ],
 )

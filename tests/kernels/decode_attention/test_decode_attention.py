@@ -140,11 +140,27 @@ def test_scales_must_fit() -> None:
     call = BY_NAME["cross_int8"].call(dtype=torch.float32)
     for name, scale, message in (
         ("key_scale", torch.ones(3), r"key_scale must have shape \[M\] or \[X, C, M\]"),
-        ("value_scale", torch.ones(2, 37, 2), "value_scale must have shape that of key_scale"),
+        ("value_scale", torch.ones(2, 37, 2), "value_scale must have the shape of key_scale"),
         ("key_scale", torch.ones(2, dtype=torch.float64), "key_scale must be float32"),
     ):
         with pytest.raises(KernelError, match=message):
             decode_attention(**(call | {"cache": dataclasses.replace(call["cache"], **{name: scale})}))
+
+
+@pytest.mark.parametrize("name", ["native", "reference"])
+@pytest.mark.parametrize("page", [-1, 10**9])
+def test_pages_that_are_not_there_are_one_sentence(name: str, page: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    if name == "native" and not native.available():
+        pytest.skip("needs the compiled extension")
+    monkeypatch.setenv("MEGASEQ_KERNELS", f"decode_attention={name}")
+    query, key = torch.zeros(2, 3, 4, 8), torch.zeros(20, 1, 4, 8)
+    table = torch.zeros(2, 3, 6, dtype=torch.int64)
+    table[1, 2, 4] = page
+    cache = KeyValueCache(key, key, table)
+    words = rf"decode_attention: table must name pages in \[0, 20\) as far as rows are long, but is {page}\."
+    with pytest.raises(KernelError, match=words):
+        decode_attention(query, cache=cache, lengths=torch.full((2,), 5))
+    assert not decode_attention(query, cache=cache, lengths=torch.full((2,), 4)).any()
 
 
 def test_a_gradient_is_refused() -> None:
@@ -183,3 +199,12 @@ def test_the_op_is_traced_compiled_and_exported() -> None:
         program = torch.export.export(_Attend(), tensors, dynamic_shapes=shapes)
         more = tuple(torch.cat([t, t]) if place in (0, 3, 4) else t for place, t in enumerate(tensors))
         torch.testing.assert_close(program.module()(*more), torch.cat([wanted, wanted]))
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_autocast_changes_nothing(case: DecodeCase) -> None:
+    call = case.call(dtype=torch.float32)
+    expected = decode_attention(**call)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = decode_attention(**call)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)

@@ -169,8 +169,10 @@ def test_errors() -> None:
         dropout(torch.zeros(2), rate=1.0, key=KEY)
     with pytest.raises(KernelError, match=r"values must be floating point, but is torch\.int64"):
         dropout(torch.zeros(2, dtype=torch.int64), rate=0.5, key=KEY)
-    with pytest.raises(KernelError, match="dropout_add: residual must have shape"):
+    with pytest.raises(KernelError, match=r"dropout_add: residual must have the shape of values = \[2\], but is \[3\]"):
         dropout_add(torch.zeros(2), residual=torch.zeros(3), rate=0.5, key=KEY)
+    with pytest.raises(KernelError, match=r"dropout: offset must be at least 0, but is -5\."):
+        dropout(torch.zeros(2), rate=0.5, key=KEY, offset=-5)
     for runs in (torch.zeros(2, dtype=torch.int64), torch.zeros(3), torch.zeros(0, dtype=torch.int64)):
         with pytest.raises(KernelError, match=r"dropout: offset must be int64 \[R\] on cpu with R that divides 3"):
             dropout(torch.zeros(3), rate=0.5, key=KEY, offset=runs)

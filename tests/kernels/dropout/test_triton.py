@@ -10,8 +10,8 @@ from megaseq.kernels import dropout, dropout_add
 from megaseq.kernels.checks import KernelError
 from megaseq.kernels.dropout.cases import CASES, DropoutCase
 from megaseq.kernels.dropout.configs import configs
+from megaseq.kernels.dropout.op import dropout_op
 from megaseq.kernels.dropout.reference import hashes, kept_elements
-from megaseq.kernels.dropout.triton_op import dropout_op
 from megaseq.kernels.triton_runtime import override
 from tests.kernels.graphs import check_graphs, check_op
 

@@ -47,6 +47,20 @@ def test_no_rows() -> None:
 def test_refusals(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(KernelError, match=r"counts must add up to the 5 rows, but is 4"):
         grouped_linear(torch.zeros(5, 3), weight=torch.zeros(2, 2, 3), counts=[2, 2])
+    for weight, counts, words in (
+        (torch.zeros(2, 2, 3), [7, -2], "counts must be at least 0, but is -2"),
+        (
+            torch.zeros(2, 2, 3).bfloat16(),
+            [2, 3],
+            r"weight must have the dtype of x, torch\.float32, but is torch\.bfloat16",
+        ),
+        (torch.zeros(2, 2, 3, device="meta"), [2, 3], "weight must be on the device of x, cpu, but is meta"),
+    ):
+        with pytest.raises(KernelError, match=words):
+            grouped_linear(torch.zeros(5, 3), weight=weight, counts=counts)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = grouped_linear(torch.ones(5, 3).bfloat16(), weight=torch.ones(2, 2, 3), counts=[2, 3])
+    assert torch.equal(y, torch.full((5, 2), 3.0, dtype=torch.bfloat16))
     monkeypatch.setenv(dispatch.VARIABLE, "grouped_mm")
     with pytest.raises(KernelError, match="multiple of 16 bytes"):
         grouped_linear(torch.zeros(4, 3), weight=torch.zeros(2, 2, 3), counts=[2, 2])

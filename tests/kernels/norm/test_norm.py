@@ -158,7 +158,9 @@ def test_apex_in_host_memory_is_an_error(monkeypatch: pytest.MonkeyPatch) -> Non
         ({"x": torch.zeros(3, 0)}, r"x must have shape \[..., D\] with D at least 1, but is \[3, 0\]"),
         ({"weight": torch.ones(5)}, r"weight must have shape \[D\] = \[4\], but is \[5\]"),
         ({"bias": torch.ones(4, device="meta")}, "bias must be on the device of x, cpu, but is meta"),
-        ({"residual": torch.ones(2, 4)}, r"residual must have shape that of x = \[3, 4\], but is \[2, 4\]"),
+        ({"residual": torch.ones(2, 4)}, r"residual must have the shape of x = \[3, 4\], but is \[2, 4\]"),
+        ({"residual": torch.ones(3, 4, device="meta")}, "residual must be on the device of x, cpu, but is meta"),
+        ({"residual": torch.ones(3, 4, dtype=torch.int32)}, "residual must be floating point, but is torch.int32"),
     ],
 )
 def test_what_does_not_fit_is_one_sentence(
@@ -179,3 +181,44 @@ def test_what_torch_refuses_is_one_sentence(kind: NormKind) -> None:
         norm(torch.zeros(3, 4), weight=torch.ones(5), kind=kind)
     with pytest.raises(KernelError, match=r"norm: x must be floating point, but is torch\.int64"):
         norm(torch.zeros(3, 4, dtype=torch.int64), weight=torch.ones(4), kind=kind)
+
+
+@pytest.mark.parametrize("kind", [LAYER, RMS])
+@pytest.mark.parametrize(
+    ("weight", "bias", "words"),
+    [
+        (torch.ones(3, 4), None, r"weight must have shape \[D\] = \[4\], but is \[3, 4\]"),
+        (torch.ones(4, dtype=torch.int64), None, "weight must be floating point, but is torch.int64"),
+        (torch.ones(4), torch.ones(1), r"bias must have shape \[D\] = \[4\], but is \[1\]"),
+        (torch.ones(4), torch.ones(2, 3, 4), r"bias must have shape \[D\] = \[4\], but is \[2, 3, 4\]"),
+        (torch.ones(4), torch.ones(4, dtype=torch.int64), "bias must be floating point, but is torch.int64"),
+    ],
+)
+def test_what_torch_would_broadcast_or_cast_is_one_sentence(
+    weight: Tensor, bias: Tensor | None, words: str, kind: NormKind
+) -> None:
+    with pytest.raises(KernelError, match=f"norm: {words}"):
+        norm(torch.zeros(2, 3, 4), weight=weight, bias=bias, kind=kind)
+
+
+@pytest.mark.parametrize("kind", [LAYER, RMS])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("parameters", [torch.float32, torch.bfloat16, torch.float64])
+def test_weight_and_bias_of_any_dtype(kind: NormKind, dtype: torch.dtype, parameters: torch.dtype) -> None:
+    x, weight, bias = torch.randn(3, 8, dtype=dtype), torch.randn(8, dtype=parameters), torch.randn(8)
+    found = norm(x, weight=weight, bias=bias, kind=kind)
+    expected = reference_norm(x, weight=weight, bias=bias, kind=kind)
+    narrow = torch.bfloat16 in (dtype, parameters)
+    torch.testing.assert_close(found, expected, **(dict(rtol=2e-2, atol=2e-2) if narrow else {}))
+
+
+def test_what_cannot_be_quantised_is_one_sentence() -> None:
+    x, weight = torch.zeros(3, 4), torch.ones(4)
+    with pytest.raises(KernelError, match="norm_quantize: form must be one of int8, e4m3, but is int4"):
+        norm_quantize(x, weight=weight, kind=RMS, form="int4")  # type: ignore[arg-type]
+    with pytest.raises(
+        KernelError, match=r"norm_quantize: x must be float32, bfloat16 or float16, but is torch\.float64"
+    ):
+        norm_quantize(x.double(), weight=weight, kind=RMS)
+    with pytest.raises(KernelError, match="norm_quantize: residual must be float32, bfloat16 or float16"):
+        norm_quantize(x, weight=weight, residual=x.double(), kind=RMS)

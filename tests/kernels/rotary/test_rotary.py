@@ -138,3 +138,24 @@ def test_what_torch_refuses_is_one_sentence() -> None:
         KernelError, match=r"rotary: cosines must have shape .* = \[1\|2, 3, 1, 8\], but is \[2, 4, 1, 8\]"
     ):
         rotate(torch.zeros(2, 3, 1, 8), cosines=angles, sines=angles)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"x": torch.zeros(3, 1, 8)}, r"x must have shape \[B, T, N, H\]"),
+        ({"x": torch.zeros(1, 3, 1, 8)}, r"cosines must have shape \[B or 1, T, 1, R\] = \[1\|1, 3, 1, 8\], but is"),
+        ({"x": torch.zeros(2, 3, 1, 8, dtype=torch.int64)}, "x must be floating point, but is torch.int64"),
+        ({"cosines": torch.zeros(2, 1, 1, 8), "sines": torch.zeros(2, 1, 1, 8)}, "cosines must have shape"),
+        ({"cosines": torch.zeros(2, 3, 1, 7), "sines": torch.zeros(2, 3, 1, 7)}, "cosines must have an even width"),
+        ({"cosines": torch.zeros(8), "sines": torch.zeros(8)}, r"cosines must have shape .* but is \[8\]"),
+        ({"cosines": torch.zeros(())}, "cosines must have an even width R from 2 to H = 8, but is 0"),
+        ({"sines": torch.zeros(2, 3, 1, 1)}, "sines must have shape"),
+        ({"sines": torch.zeros(2, 3, 1, 8, dtype=torch.int64)}, "sines must be floating point, but is torch.int64"),
+    ],
+)
+def test_what_torch_would_broadcast_is_one_sentence(change: dict[str, Tensor], words: str) -> None:
+    angles = torch.zeros(2, 3, 1, 8)
+    arguments = {"x": torch.zeros(2, 3, 1, 8), "cosines": angles, "sines": angles, **change}
+    with pytest.raises(KernelError, match=f"rotary: {words}"):
+        rotate(arguments.pop("x"), **arguments)

@@ -211,3 +211,11 @@ def test_torchs_products_compile_and_export(form) -> None:  # type: ignore[no-un
     expected = Module()(x)
     assert torch.equal(torch.compile(Module(), fullgraph=True, backend="aot_eager")(x), expected)
     assert torch.equal(torch.export.export(Module(), (x,)).module()(x), expected)
+
+
+@pytest.mark.parametrize("form", ["int8", "e4m3"])
+def test_autocast_changes_nothing(form: str) -> None:
+    x, weight = (quantize(torch.randn(rows, 40), form=form) for rows in (3, 5))  # type: ignore[arg-type]
+    expected = scaled_linear(x, weight=weight, dtype=torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(scaled_linear(x, weight=weight, dtype=torch.float32), expected)

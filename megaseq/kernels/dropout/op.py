@@ -1,4 +1,4 @@
-"""Dropout on a GPU as an operator of torch, with a gradient of its own."""
+"""Dropout as an operator of torch, with a gradient of its own: on a GPU, and as part of a graph anywhere."""
 
 from __future__ import annotations
 
@@ -6,6 +6,21 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from megaseq.kernels.dropout.implementation import apply_mask, chosen_for
+from megaseq.kernels.dropout.mask import DropoutMask, MaskNumbers
+
+_SIGN, _WORD64 = 1 << 63, 0xFFFFFFFFFFFFFFFF
+
+
+def as_operator(values: Tensor, *, residual: Tensor | None, mask: DropoutMask) -> Tensor:
+    """`residual + dropout(values)` as one operator, by the implementation that is chosen when it runs."""
+    key, start, threshold, scale = mask.numbers()
+    runs, first = (None, start) if isinstance(start, int) else (start, 0)
+    # Operators take signed numbers of 64 bits.
+    key = (key ^ _SIGN) - _SIGN
+    result: Tensor = dropout_op(values, residual, runs, first, key, threshold, scale)
+    return result
 
 
 @torch.library.custom_op("megaseq::dropout", mutates_args=())
@@ -19,6 +34,11 @@ def dropout_op(
     scale: float,
 ) -> Tensor:
     """`residual + dropout(values)`, contiguous; see `triton_kernels.launch`."""
+    chosen, extension = chosen_for(values, residual=residual)
+    if chosen != "triton":
+        numbers = MaskNumbers(key & _WORD64, start if runs is None else runs, threshold, scale)
+        dropped = apply_mask(values, numbers=numbers, extension=extension)
+        return dropped if residual is None else residual.contiguous() + dropped
     from megaseq.kernels.dropout import triton_kernels
 
     values = values.contiguous()
