@@ -75,6 +75,10 @@ def run_kernels(arguments: argparse.Namespace) -> int:
     """Runs `bench kernels`; returns the exit code."""
     import torch
 
+    if not arguments.minutes >= 0:
+        raise MegaseqError(
+            f"bench kernels: --minutes must be at least 0, but is {arguments.minutes}. Leave it out to run to the end."
+        )
     device = gpu()
     if device is None and not arguments.check:
         raise MegaseqError(

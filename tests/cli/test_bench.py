@@ -61,7 +61,12 @@ def test_check_proves_on_the_host(monkeypatch: pytest.MonkeyPatch, capsys: pytes
 
 @pytest.mark.parametrize(
     ("options", "text"),
-    [(["--ops", "norn"], "--ops must name ops with benchmarks, but has norn"), (["--cases", "x"], "but is 'x'")],
+    [
+        (["--minutes", "-1"], "--minutes must be at least 0, but is -1.0"),
+        (["--minutes", "nan"], "at least 0, but is nan"),
+        (["--ops", "norn"], "--ops must name ops with benchmarks, but has norn"),
+        (["--cases", "x"], "but is 'x'"),
+    ],
 )
 def test_unknown_names(
     options: list[str], text: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from megaseq.base import optional
+from megaseq.base.errors import MissingPackageError
 from megaseq.kernels.adamw.settings import AdamWSettings
 
 EXTENSION = "amp_C"
@@ -30,7 +31,11 @@ def missing() -> str | None:
     """Why it cannot run, as the end of "..., and"; None where it can."""
     if importlib.util.find_spec(EXTENSION) is None:
         return f"NVIDIA apex is not installed with its extension {EXTENSION}"
-    if not hasattr(optional(EXTENSION, needed_for="AdamW of apex"), FUNCTION):
+    try:
+        extension = optional(EXTENSION, needed_for="AdamW of apex")
+    except MissingPackageError:
+        return f"NVIDIA apex's extension {EXTENSION} cannot be imported; build it anew from NVIDIA's repository"
+    if not hasattr(extension, FUNCTION):
         return f"{EXTENSION} has no {FUNCTION}; build a newer NVIDIA apex"
     return None
 

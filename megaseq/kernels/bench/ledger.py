@@ -7,7 +7,7 @@ from pathlib import Path
 from megaseq.kernels.bench import record, results
 from megaseq.kernels.bench.record import Record
 from megaseq.kernels.catalogue import kernel_names, ops_with_kernels, source_hash
-from megaseq.kernels.checks import KernelError
+from megaseq.kernels.checks import KernelError, fail
 
 START, END = "<!-- ledger: written by `megaseq bench ledger` -->", "<!-- end of the ledger -->"
 
@@ -50,5 +50,16 @@ def replaced(page: str, *, content: str) -> str:
 
 
 def write_ledger(page: Path, *, folder: Path) -> None:
-    """Writes the ledger into `page`."""
-    page.write_text(replaced(page.read_text(encoding="utf-8"), content=ledger(folder)), encoding="utf-8")
+    """Writes the ledger into `page`.
+
+    Raises:
+        KernelError: if the page cannot be read or lacks the marks, or a run cannot be read.
+    """
+    try:
+        old = page.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        why = error.strerror if isinstance(error, OSError) else "not UTF-8"
+        raise fail(
+            str(page), op="ledger", expected="be a page of text", came=f"none ({why})", remedy="Name docs/kernels.md"
+        ) from error
+    page.write_text(replaced(old, content=ledger(folder)), encoding="utf-8")

@@ -14,6 +14,7 @@ import torch
 
 from megaseq.kernels.bench.results import Machine, Result, machine
 from megaseq.kernels.bench.timing import Ceiling, Measured, ceiling
+from megaseq.kernels.checks import fail
 from megaseq.kernels.triton_runtime import Config
 
 Table = dict[str, dict[str, Config]]
@@ -96,11 +97,21 @@ def path_of(folder: Path, *, card: str, versions: Mapping[str, str]) -> Path:
 
 
 def read(path: Path) -> Record:
-    """What `Record.save` wrote."""
-    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    kept = content["machine"]
-    machine = Machine(**{**kept, "ceiling": Ceiling(**kept["ceiling"])})
-    return Record(path, machine, {op: _op_record(found) for op, found in content["ops"].items()})
+    """What `Record.save` wrote.
+
+    Raises:
+        KernelError: if the file holds something else.
+    """
+    try:
+        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        kept = content["machine"]
+        machine = Machine(**{**kept, "ceiling": Ceiling(**kept["ceiling"])})
+        return Record(path, machine, {op: _op_record(found) for op, found in content["ops"].items()})
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise fail(
+            str(path), op="bench", expected="be as `megaseq bench kernels` wrote it",
+            came=f"not readable as that ({type(error).__name__}: {error})", remedy="Remove it, or run that again",
+        ) from error  # fmt: skip
 
 
 def _op_record(content: Mapping[str, Any]) -> OpRecord:

@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from megaseq.base import optional
+from megaseq.base.errors import MissingPackageError
 from megaseq.kernels.norm.settings import NormKind
 
 EXTENSION = "fused_layer_norm_cuda"
@@ -23,7 +24,12 @@ def missing() -> str | None:
     """Why apex's norms cannot be used, as the end of "..., and"; None where they can."""
     if importlib.util.find_spec(EXTENSION) is None:
         return f"NVIDIA apex's extension {EXTENSION} is not installed (the package apex of the public index is another)"
-    functions = _functions()
+    try:
+        functions = _functions()
+    except MissingPackageError:
+        return (
+            f"NVIDIA apex has its extension {EXTENSION} but cannot be imported; build it anew from NVIDIA's repository"
+        )
     names = ("fused_layer_norm_affine", "fused_rms_norm_affine")
     if not all(hasattr(functions, name) for name in names):
         return "the installed apex has no fused_layer_norm_affine and fused_rms_norm_affine"

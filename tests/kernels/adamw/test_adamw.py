@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import types
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -227,6 +228,14 @@ def test_a_package_called_apex_is_not_taken_for_nvidias(monkeypatch: pytest.Monk
     monkeypatch.setitem(sys.modules, "apex", types.ModuleType("apex"))
     apex.missing.cache_clear()
     assert apex.missing() == "NVIDIA apex is not installed with its extension amp_C"
+
+
+def test_an_extension_that_cannot_be_imported_is_not_used(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / f"{apex.EXTENSION}.py").write_text("raise ImportError('undefined symbol')")
+    monkeypatch.syspath_prepend(tmp_path)
+    apex.missing.cache_clear()
+    assert "amp_C cannot be imported; build it anew" in (apex.missing() or "")
+    apex.missing.cache_clear()
 
 
 def test_the_extension_must_have_the_function(extension: Callable[..., None]) -> None:

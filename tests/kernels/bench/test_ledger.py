@@ -109,6 +109,15 @@ def test_hashes_of_real_ops_have_the_kernels_that_they_share() -> None:
     assert not {"attention/bench.py", "attention/cases.py", "dispatch.py"} & shares("attention")
 
 
+@pytest.mark.parametrize(
+    ("name", "words"), [("none.md", "No such file"), ("", "Is a directory"), ("raw.md", "not UTF-8")]
+)
+def test_a_page_that_cannot_be_read_is_one_sentence(name: str, words: str, tmp_path: Path) -> None:
+    (tmp_path / "raw.md").write_bytes(b"\xff\xfe")
+    with pytest.raises(KernelError, match=rf"ledger: {tmp_path}.* must be a page of text, but is none \({words}"):
+        ledger.write_ledger(tmp_path / name, folder=tmp_path)
+
+
 def test_a_page_keeps_its_text(tmp_path: Path) -> None:
     page = f"# Kernels\n\n{ledger.START}\nold\n{ledger.END}\n\nMore.\n"
     new = ledger.replaced(page, content="new")

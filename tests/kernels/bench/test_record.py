@@ -12,6 +12,7 @@ from megaseq.kernels.bench import record, results
 from megaseq.kernels.bench.record import OpRecord, Record
 from megaseq.kernels.bench.results import Machine, Result
 from megaseq.kernels.bench.timing import Ceiling, Measured
+from megaseq.kernels.checks import KernelError
 from megaseq.kernels.triton_runtime import Config
 
 BEST = Ceiling(bytes_per_second=4e12, flops_per_second=8e14)
@@ -74,3 +75,12 @@ def test_the_record_of_a_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     newer = dataclasses.replace(here, versions={**here.versions, "python": "4.0"})
     monkeypatch.setattr(record, "machine", lambda device: newer)
     assert record.of_machine(host, folder=tmp_path).ops == {}
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"machine": {}}', '{"machine": {"ceiling": 1}}', "\udcff"])
+def test_a_file_of_something_else_is_one_sentence(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "run.json"
+    path.write_text(text, encoding="utf-8", errors="surrogateescape")
+    with pytest.raises(KernelError, match=rf"bench: {path} must be as `megaseq bench kernels` wrote it") as caught:
+        record.read(path)
+    assert "\n" not in str(caught.value)

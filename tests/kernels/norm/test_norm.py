@@ -122,6 +122,17 @@ def test_the_public_package_called_apex_is_not_mistaken_for_nvidias(
     assert "fused_layer_norm_cuda is not installed (the package apex of the public index" in (apex.missing() or "")
 
 
+def test_an_extension_without_its_package_is_not_used(
+    modules: dict[str, ModuleType], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is not installed, or another package of that name, is named and not asked for."""
+    install(modules, [apex.EXTENSION], monkeypatch)
+    for name in ("apex.normalization.fused_layer_norm", "apex.normalization", "apex"):
+        monkeypatch.setitem(sys.modules, name, None)
+    reason = apex.missing() or ""
+    assert "cannot be imported; build it anew" in reason and "pip install" not in reason
+
+
 def test_an_apex_without_the_functions_is_not_used(
     modules: dict[str, ModuleType], monkeypatch: pytest.MonkeyPatch
 ) -> None:
