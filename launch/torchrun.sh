@@ -23,7 +23,12 @@ if [ -n "${MEGASEQ_RENDEZVOUS:-}" ]; then
 else
   options+=(--standalone)
 fi
-# Without the last, SIGUSR1 would end torchrun and leave its processes behind.
-options+=(--signals-to-handle SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 --shutdown-timeout 300)
+# Without SIGUSR1 here it would end torchrun and leave its processes behind.
+options+=(--signals-to-handle SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1)
+# How long processes may take to save after a signal; a torchrun that has no such option gives them 30 s.
+packages="$("$(dirname "$(command -v torchrun)")/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"
+if grep -q -e --shutdown-timeout "$packages/torch/distributed/run.py"; then
+  options+=(--shutdown-timeout 300)
+fi
 read -r -a more <<<"${MEGASEQ_TORCHRUN:-}"
 exec torchrun "${options[@]}" ${more[@]+"${more[@]}"} --module megaseq train "$@"

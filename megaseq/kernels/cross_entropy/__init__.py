@@ -59,8 +59,11 @@ def linear_cross_entropy(
         impossible["triton"] = unfit_for_triton
     if vocabulary is not None:
         impossible["reference"] = "it needs the whole vocabulary in one place"
-    on_gpu = hidden.device.type == "cuda" and unfit_for_triton is None
-    chosen = choose("cross_entropy", automatic="triton" if on_gpu else "chunked", impossible=impossible)
+    if hidden.device.type == "cuda" and unfit_for_triton is None:
+        automatic = "triton"
+    else:
+        automatic = "reference" if _is_small(hidden, vocabulary=vocabulary) else "chunked"
+    chosen = choose("cross_entropy", automatic=automatic, impossible=impossible)
     if chosen == "reference":
         if torch.compiler.is_compiling():
             # How many tokens count is no part of a graph; what is not finite in padding must not reach the sums.
@@ -82,6 +85,13 @@ def linear_cross_entropy(
         settings=settings,
         vocabulary=vocabulary,
     )
+
+
+def _is_small(hidden: Tensor, *, vocabulary: VocabularyShare | None) -> bool:
+    """Whether so few tokens are in host memory that their logits are smaller than the weight, and the time is that of
+    going over its gradient: chunks, which make it in the forward pass, scale it in the backward pass."""
+    count, width = hidden.shape
+    return vocabulary is None and hidden.is_cpu and not torch.compiler.is_compiling() and 2 * count <= width
 
 
 def _check(

@@ -26,6 +26,9 @@ CHUNK_BYTES = 64 << 20
 """Size of one chunk's logits in bytes, at most; there are two such buffers."""
 MIN_CHUNK, MAX_CHUNK = 128, 1024
 """Tokens of a chunk. Fewer cost speed: each chunk reads the weights and adds to their gradient; more save no time."""
+STEEP = 60.0
+"""How far below a row's highest its logits lie at most, in the softmax: probabilities of 1e-26 stand for those below,
+whose products would be numbers that processors take a hundred times as long for (subnormal ones)."""
 
 
 def chunked_cross_entropy(
@@ -250,11 +253,13 @@ def _chunk(
         total = head.logit_sum(rows) if head.linear else logits.sum(dim=-1, dtype=precise)
     column, here = labels[:, None], None
     if head.vocabulary is None:
+        top, of_label = logits.amax(dim=-1), logits.gather(1, column)[:, 0].to(precise)
+        if settings.soft_cap is None:
+            torch.maximum(logits, (top - STEEP)[:, None], out=logits)
         torch.softmax(logits, dim=-1, dtype=precise, out=probabilities)
-        top = logits.amax(dim=-1).to(precise)
         # The highest probability is at least 1 / V, so its logarithm is exact where that of the label could underflow.
+        top = top.to(precise)
         normaliser = top - probabilities.amax(dim=-1).log_()
-        of_label = logits.gather(1, column)[:, 0].to(precise)
     else:
         column, here = _columns_here(column, vocabulary=head.vocabulary, count=weight.shape[0])
         of_label = torch.where(here, logits.gather(1, column), 0.0)[:, 0].to(precise)
@@ -316,7 +321,7 @@ def _shared_softmax(
     """
     top = vocabulary.maximum(logits.amax(dim=-1).to(probabilities.dtype))
     torch.sub(logits, top[:, None], out=probabilities)
-    probabilities.exp_()
+    probabilities.clamp_(min=-STEEP).exp_()
     parts = [probabilities.sum(dim=-1), of_label]
     if total is not None:
         parts.append(total)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional
 
-from megaseq.kernels import CrossEntropy, linear_cross_entropy
+from megaseq.kernels import CrossEntropy, cross_entropy, linear_cross_entropy
 from megaseq.kernels.checks import KernelError
 from megaseq.kernels.cross_entropy import LossSums, VocabularyShare
 from megaseq.kernels.cross_entropy.chunked import chunked_cross_entropy
@@ -110,6 +110,39 @@ def test_unlikely_labels_stay_finite() -> None:
         weights=torch.ones(1),
     )
     assert float(sums.loss.detach()) == 1000.0
+
+
+@pytest.mark.parametrize("variant", [CrossEntropy(), CrossEntropy(label_smoothing=0.1, z_loss=1e-4)])
+def test_steep_logits_leave_no_subnormal_numbers(variant: CrossEntropy) -> None:
+    """Products of such numbers take a processor a hundred times as long; the gradients are the reference's."""
+    generator = torch.Generator().manual_seed(0)
+    arguments = tensors(count=48, width=16, classes=300, dtype=torch.float32)
+    arguments["weight"] = (torch.randn(300, 16, generator=generator) * 10).requires_grad_()
+    logits = (arguments["hidden"] @ arguments["weight"].t()).detach()
+    plain = torch.softmax(logits, dim=-1)
+    assert ((plain > 0) & (plain < torch.finfo(torch.float32).tiny)).any()
+    found = gradients(chunked_cross_entropy(**arguments, settings=variant).loss, arguments)
+    expected = gradients(reference_cross_entropy(**arguments, settings=variant).loss, arguments)
+    for have, want in zip(found, expected, strict=True):
+        torch.testing.assert_close(have, want, rtol=1e-5, atol=1e-4)
+        assert not ((have != 0) & (have.abs() < torch.finfo(torch.float32).tiny)).any()
+
+
+@pytest.mark.parametrize(("count", "implementation"), [(8, "reference"), (9, "chunked")])
+def test_few_tokens_in_host_memory_are_not_done_by_chunks(
+    count: int, implementation: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken: list[str] = []
+    for name in ("reference", "chunked"):
+        stock: Callable[..., LossSums] = getattr(cross_entropy, f"{name}_cross_entropy")
+
+        def spy(*args: Tensor, stock: Callable[..., LossSums] = stock, name: str = name, **rest: object) -> LossSums:
+            taken.append(name)
+            return stock(*args, **rest)
+
+        monkeypatch.setattr(cross_entropy, f"{name}_cross_entropy", spy)
+    linear_cross_entropy(**tensors(count=count, width=16, classes=5, dtype=torch.float32))
+    assert taken == [implementation]
 
 
 def test_labels_of_weight_zero_are_not_read_and_cost_nothing() -> None:
