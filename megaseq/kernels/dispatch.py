@@ -94,6 +94,14 @@ def log_once(op: str, automatic: str) -> None:
         logger.info("%s: auto runs the %s implementation", op, automatic)
 
 
+def automatic_choices() -> dict[str, list[str]]:
+    """What `auto` has chosen in this process so far, by op: most ops have one implementation, some one for each use."""
+    found: dict[str, list[str]] = {}
+    for op, automatic in sorted(_logged):
+        found.setdefault(op, []).append(automatic)
+    return found
+
+
 @lru_cache(maxsize=32)
 def _parse(text: str) -> Mapping[str, str]:
     """Reads the variable's value into {op: implementation}; cached, as every call of every op asks."""

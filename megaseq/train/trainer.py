@@ -14,6 +14,7 @@ from megaseq.base import NestedMap
 from megaseq.base.errors import MegaseqError
 from megaseq.data.input import Input
 from megaseq.data.vocabulary import Vocabulary
+from megaseq.kernels.dispatch import automatic_choices
 from megaseq.parallel.process import EndedElsewhereError, current_team
 from megaseq.train import parts
 from megaseq.train.agreement import Agreement, cells
@@ -80,6 +81,7 @@ class Trainer:
         """Whether there is nothing yet that a signal would lose."""
         self._step = 0
         self._pending: dict[str, float] | None = None
+        self._kernels_said = False
         """Not None: what is due after the step was interrupted; the figures that were there already."""
         self._begun = time.monotonic()
 
@@ -322,6 +324,7 @@ class Trainer:
                     f"step {self._step}: skipped, its gradient norm {result.grad_norm:g} is {result.skipped}"
                 )
             self._callback.on_progress(step=self._step)
+            self._say_kernels()
             self.team.watchdog.beat(doing="after the step")
             reason = self._reason_to_end(time_is_up=time_is_up)
             if self._worker is not None:
@@ -335,6 +338,13 @@ class Trainer:
             self._save(metrics=self._pending or {})
         self._callback.on_message(f"{self._agreement.signal}: saved at step {self._step}, the same command goes on")
         return "stopped"
+
+    def _say_kernels(self) -> None:
+        """Says after the first step of this process which implementations `auto` took for it."""
+        if not self._kernels_said:
+            self._kernels_said = True
+            chosen = (f"{op} {'/'.join(names)}" for op, names in automatic_choices().items())
+            self._callback.on_message(f"kernels: {', '.join(chosen) or 'as MEGASEQ_KERNELS says'}")
 
     def _after_step(self, *, reason: str, resumed: bool = False) -> bool:
         """Evaluates, decodes and saves what is due after the step; returns whether the run has ended.

@@ -41,6 +41,7 @@ def test_ops_that_are_quick_in_host_memory_log_it_too(
         "activation: auto runs the reference implementation",
         "rotary: auto runs the reference implementation",
     ]
+    assert dispatch.automatic_choices() == {"activation": ["reference"], "norm": ["torch"], "rotary": ["reference"]}
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ import pytest
 from megaseq.train.tracking import RunFacts, Sample, Tracking
 from megaseq.train.tracking.git import git_state
 from megaseq.train.tracking.jsonl import JsonlWriter, read_metrics
-from megaseq.train.tracking.progress import BarProgress, PlainProgress, duration_text, metrics_lines
+from megaseq.train.tracking.progress import BarProgress, PlainProgress, duration_text, metrics_lines, samples_text
 from megaseq.train.tracking.wandb import WandbWriter, stored_run_id
 
 SAMPLES = [Sample(source="ab", output="b", reference="ba")]
@@ -202,3 +202,10 @@ def test_git_state_outside_a_checkout_is_empty(monkeypatch: pytest.MonkeyPatch, 
     assert not state or (len(state["commit"]) == 40 and state["dirty"] in ("true", "false"))
     monkeypatch.setenv("PATH", str(tmp_path))
     assert git_state() == {} and os.environ["PATH"] == str(tmp_path)
+
+
+def test_a_text_without_end_does_not_fill_the_terminal() -> None:
+    sample = Sample(source="zwei", output="two " * 500, reference="two")
+    source, output, reference = samples_text([sample], name="valid", step=3).splitlines()[1:]
+    assert (source, reference) == ("  source     zwei", "  reference  two")
+    assert output == f"  output     {'two ' * 100}... (1600 characters more)"

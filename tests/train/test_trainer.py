@@ -99,6 +99,8 @@ def test_stopped_and_resumed_run_is_the_uninterrupted_one(tmp_path: Path, packed
     recorder = Recorder(signal_at=stop)
     assert Trainer(params, run_dir=tmp_path / "parts", callbacks=[recorder]).fit() == "stopped"
     assert recorder.messages[-1] == f"SIGTERM: saved at step {stop}, the same command goes on"
+    (kernels,) = [message for message in recorder.messages if message.startswith("kernels: ")]
+    assert "cross_entropy" in kernels and "norm torch" in kernels
     assert RunDirectory(tmp_path / "parts").read_status() == {"status": "stopped", "step": stop}
     assert list_steps(tmp_path / "parts" / "checkpoints")[-1] == stop
     assert Trainer(params, run_dir=tmp_path / "parts").fit() == "finished"

@@ -67,16 +67,20 @@ class PlainProgress(Callback):
         self._print(text)
 
 
+_LONGEST_SAMPLE = 400
+"""Characters of a text at the terminal: a model that has learnt little may repeat itself for thousands."""
+
+
 def samples_text(samples: Sequence[Sample], *, name: str, step: int) -> str:
-    """Returns decoded examples as three lines each."""
+    """Returns decoded examples as three lines each; what is left out of long ones is in the run's decodes."""
     lines = [f"{name} at step {step}:"]
     for sample in samples:
-        lines += [
-            f"  source     {sample.source}",
-            f"  output     {sample.output}",
-            f"  reference  {sample.reference}",
-            "",
-        ]
+        for title, text in (("source", sample.source), ("output", sample.output), ("reference", sample.reference)):
+            more = len(text) - _LONGEST_SAMPLE
+            lines.append(
+                f"  {title:9}  {text if more <= 0 else f'{text[:_LONGEST_SAMPLE]}... ({more} characters more)'}"
+            )
+        lines.append("")
     return "\n".join(lines).rstrip()
 
 
