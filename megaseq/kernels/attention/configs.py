@@ -58,7 +58,7 @@ _OF_GENERATION: dict[tuple[int, str, int], tuple[Sizes, ...]] = {
     (90, FORWARD, 256): ((128, 32, 8, 2), (64, 32, 4, 2)),
     (90, OF_QUERY, 256): ((64, 32, 8, 2),),
     (90, OF_KEY, 256): ((32, 64, 8, 2), (16, 64, 8, 2)),
-    (100, FORWARD, 64): ((128, 64, 8, 3), (128, 64, 4, 2), (64, 64, 4, 3)),
+    (100, FORWARD, 64): ((128, 64, 8, 3), (64, 64, 4, 3)),
 }
 """By generation of tensor cores, kernel and width: what spills less there than the tiles of `_HALF`."""
 

@@ -11,6 +11,7 @@ from megaseq.kernels.attention.triton_parts import (
     LN_2,
     LOG2_E,
     TABLE_PAD,
+    biases_of,
     dropout_rows,
     kept_of,
     load_tile,
@@ -23,24 +24,29 @@ from megaseq.kernels.triton_runtime import tl, triton
 
 
 @triton.jit
-def _add_diagonals(PARTS, ds, tile, tile_m, shift, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Adds the sums of a tile's diagonals, made the gradient of biases of base 2, to a row of sums by distance; PARTS
-    points at distance 0."""
-    i = tl.arange(0, BLOCK_M)[:, None]
-    c = tl.arange(0, BLOCK_N)[None, :]
-    # Turns row i by i places: in column c stand the distances c, c - BLOCK_N, c - 2 BLOCK_N, ... of the tile's corner.
-    turned = tl.gather(ds, (i + c) % BLOCK_N, 1)
-    turns = (i + c) // BLOCK_N
-    corner = tile * BLOCK_N - tile_m * BLOCK_M - shift
-    for turn in tl.static_range((BLOCK_M + BLOCK_N - 2) // BLOCK_N + 1):
-        sums = tl.sum(tl.where(turns == turn, turned, 0.0), 0)
-        tl.atomic_add(PARTS + corner - turn * BLOCK_N + tl.arange(0, BLOCK_N), sums * LN_2, sem="relaxed")
+def _add_diagonals(PARTS, ds, corner, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Adds the sums of a tile's diagonals, made the gradient of biases of base 2, to a row of sums by distance.
+
+    PARTS points at distance 0, `corner` is the distance of the tile's first pair. The diagonals of all 8 x 8 blocks are
+    summed at once, by a product with zeros and ones: of block [8a..., 8b...] there are 15, at `corner` + 8 (b - a), and
+    a sixteenth that is empty.
+    """
+    ROWS: tl.constexpr = BLOCK_M // 8
+    COLUMNS: tl.constexpr = BLOCK_N // 8
+    blocks = tl.permute(tl.reshape(ds, (ROWS, 8, COLUMNS, 8)), (0, 2, 1, 3))
+    pair = tl.arange(0, 64)[:, None]
+    diagonal = tl.arange(0, 16)[None, :] - 8
+    ones = (pair % 8 - pair // 8 == diagonal).to(ds.dtype)
+    sums = tl.dot(tl.reshape(blocks, (ROWS * COLUMNS, 64)), ones, input_precision="ieee")
+    block = tl.arange(0, ROWS * COLUMNS)[:, None]
+    place = PARTS + corner + (block % COLUMNS - block // COLUMNS) * 8 + diagonal
+    tl.atomic_add(place, sums * LN_2, sem="relaxed")
 
 
 @triton.jit
 def _query_update(
     dq, left, right, tile, far_bias, q, do, negative_sum, delta, K, V, KEY_IDS, TABLE, PARTS, query_ids, slope,
-    word, limit, here, beyond, threshold, inverse_kept, m, tile_m, column, k_ss, v_ss, S, shift, low, high,
+    word, limit, here, beyond, threshold, inverse_kept, start, m, column, k_ss, v_ss, S, shift, low, high,
     first, width, near, near_stop, scale, cap,
     HEAD: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HAS_CAP: tl.constexpr,
     HAS_SLOPES: tl.constexpr, HAS_IDS: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr, DROP: tl.constexpr,
@@ -52,9 +58,13 @@ def _query_update(
     v = load_tile(V + tile.to(tl.int64) * BLOCK_N * v_ss, n, S, column, HEAD, BLOCK_D, WHOLE)
     qk = tl.dot(q, tl.trans(k), input_precision="ieee")
     dp = tl.dot(do, tl.trans(v), input_precision="ieee")
+    corner = tile * BLOCK_N - start
+    biases = None
+    if NEAR:
+        biases = biases_of(TABLE, corner, first, width, BLOCK_M, BLOCK_N, False)
     x, bend = scores_of(
-        qk, m[:, None], n[None, :], (negative_sum + far_bias)[:, None], TABLE, slope, shift, first, width, scale, cap,
-        HAS_CAP, HAS_SLOPES, NEAR, WHOLE,
+        qk, m[:, None], n[None, :], (negative_sum + far_bias)[:, None], biases, slope, shift, scale, cap,
+        HAS_CAP, HAS_SLOPES,
     )  # fmt: skip
     if not WHOLE:
         key_ids = 0
@@ -69,14 +79,14 @@ def _query_update(
     ds = p * (dp - delta[:, None])
     if OF_TABLE:
         if NEAR and WHOLE:
-            _add_diagonals(PARTS, ds, tile, tile_m, shift, BLOCK_M, BLOCK_N)
+            _add_diagonals(PARTS, ds.to(k.dtype), corner, BLOCK_M, BLOCK_N)
         else:
             sums = tl.sum(ds, 1)
             left += tl.where(tile < near, sums, 0.0)
             right += tl.where(tile >= near_stop, sums, 0.0)
             if not WHOLE:  # noqa: SIM102, the compiler knows the first condition and not the second
                 if (tile >= near) & (tile < near_stop):
-                    _add_diagonals(PARTS, ds, tile, tile_m, shift, BLOCK_M, BLOCK_N)
+                    _add_diagonals(PARTS, ds.to(k.dtype), corner, BLOCK_M, BLOCK_N)
     if HAS_CAP:
         ds = ds * bend
     dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
@@ -89,7 +99,7 @@ def _query_update(
     ]
 )  # fmt: skip
 def attention_backward_query(
-    Q, K, V, OUTPUT, LOG_SUM, OF_OUTPUT, OF_LOG_SUM, DELTA, DQ, PARTS,
+    Q, K, V, OUTPUT, LOG_SUM, OF_OUTPUT, OF_LOG_SUM, NEGATIVE_SUM, DELTA, DQ, PARTS,
     QUERY_IDS, KEY_IDS, RANGES, TABLE, SLOPES, RUNS,
     q_sb, q_st, q_sn, k_sb, k_ss, k_sn, v_sb, v_ss, v_sn, do_sb, do_st, do_sn,
     T, S, N, GROUP, shift, low, high, first, width, parts_rows, raw_scale, scale, cap,
@@ -98,11 +108,12 @@ def attention_backward_query(
     LOW: tl.constexpr, HIGH: tl.constexpr, DROP: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of a tile of queries of one head; runs before the other kernel, for which it leaves DELTA.
+    """Gradients of a tile of queries of one head; runs before the other kernel, for which it leaves two tensors.
 
     As `attention_forward`, and: OUTPUT, DQ [B, T, N, H] contiguous; OF_OUTPUT the gradient of OUTPUT by strides,
-    OF_LOG_SUM that of LOG_SUM or none; DELTA float32 [B, N, T], the sum over a query's keys of weight times the
-    weight's gradient; PARTS float32 [N, parts_rows, width + 2 TABLE_PAD], zeros, or none, for the table.
+    OF_LOG_SUM that of LOG_SUM or none; float32 [B, N, T] for the other kernel: NEGATIVE_SUM, what is added to scores
+    of base 2 before they become weights, and DELTA, the sum over a query's keys of weight times the weight's gradient;
+    PARTS float32 [N, parts_rows, width + 2 TABLE_PAD], zeros, or none, for the table.
     """
     HAS_IDS: tl.constexpr = RANGES is not None
     HAS_TABLE: tl.constexpr = TABLE is not None
@@ -129,6 +140,7 @@ def attention_backward_query(
     log_sum = tl.load(LOG_SUM + rows, mask=m < T, other=float("-inf"))
     # Rows that see nothing, and those that are not there: all their weights are exp2(-inf).
     negative_sum = tl.where(log_sum == float("-inf"), float("-inf"), log_sum * -LOG2_E)
+    tl.store(NEGATIVE_SUM + rows, negative_sum, mask=m < T)
     K += b * k_sb + (h // GROUP).to(tl.int64) * k_sn + lanes[:, None] * k_ss + column[None, :]
     V += b * v_sb + (h // GROUP).to(tl.int64) * v_sn + lanes[:, None] * v_ss + column[None, :]
     query_ids = 0
@@ -155,6 +167,7 @@ def attention_backward_query(
     if OF_TABLE:
         part = h * parts_rows + (b.to(tl.int32) * count + tile_m) % parts_rows
         PARTS += part.to(tl.int64) * (width + 2 * TABLE_PAD) + TABLE_PAD - first
+    start = tile_m * BLOCK_M + shift
     dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     left, right = tl.zeros((BLOCK_M,), tl.float32), tl.zeros((BLOCK_M,), tl.float32)
     for i in range(0, near - whole + whole_stop - near_stop):
@@ -162,7 +175,7 @@ def attention_backward_query(
         far_bias = tl.where(i < near - whole, before, after)
         dq, left, right = _query_update(
             dq, left, right, tile, far_bias, q, do, negative_sum, delta, K, V, KEY_IDS, TABLE, PARTS, query_ids, slope,
-            word, limit, here, beyond, threshold, inverse_kept, m, tile_m, column, k_ss, v_ss, S, shift, low, high,
+            word, limit, here, beyond, threshold, inverse_kept, start, m, column, k_ss, v_ss, S, shift, low, high,
             first, width, all_near, all_near_stop, scale, cap,
             HEAD, BLOCK_D, BLOCK_M, BLOCK_N, HAS_CAP, HAS_SLOPES, HAS_IDS, LOW, HIGH, DROP, OF_TABLE, False, True,
         )  # fmt: skip
@@ -171,7 +184,7 @@ def attention_backward_query(
             tile = near + i
             dq, left, right = _query_update(
                 dq, left, right, tile, 0.0, q, do, negative_sum, delta, K, V, KEY_IDS, TABLE, PARTS, query_ids, slope,
-                word, limit, here, beyond, threshold, inverse_kept, m, tile_m, column, k_ss, v_ss, S, shift, low, high,
+                word, limit, here, beyond, threshold, inverse_kept, start, m, column, k_ss, v_ss, S, shift, low, high,
                 first, width, all_near, all_near_stop, scale, cap,
                 HEAD, BLOCK_D, BLOCK_M, BLOCK_N, HAS_CAP, HAS_SLOPES, HAS_IDS, LOW, HIGH, DROP, OF_TABLE, True, True,
             )  # fmt: skip
@@ -179,7 +192,7 @@ def attention_backward_query(
         tile = tl.where(i < whole - begin, begin + i, whole_stop + i - (whole - begin))
         dq, left, right = _query_update(
             dq, left, right, tile, 0.0, q, do, negative_sum, delta, K, V, KEY_IDS, TABLE, PARTS, query_ids, slope,
-            word, limit, here, beyond, threshold, inverse_kept, m, tile_m, column, k_ss, v_ss, S, shift, low, high,
+            word, limit, here, beyond, threshold, inverse_kept, start, m, column, k_ss, v_ss, S, shift, low, high,
             first, width, all_near, all_near_stop, scale, cap,
             HEAD, BLOCK_D, BLOCK_M, BLOCK_N, HAS_CAP, HAS_SLOPES, HAS_IDS, LOW, HIGH, DROP, OF_TABLE, HAS_TABLE, False,
         )  # fmt: skip
@@ -191,10 +204,10 @@ def attention_backward_query(
 
 @triton.jit
 def _key_update(
-    dk, dv, tile, far_bias, k, v, Q, OF_OUTPUT, LOG_SUM, DELTA, QUERY_IDS, TABLE, RUNS, key_ids, slope,
-    key, offset, run_rows, threshold, inverse_kept, rows, n, column, q_st, do_st, T, S, shift, low, high, first, width,
-    scale, cap,
-    HEAD: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, HAS_CAP: tl.constexpr,
+    dk, dv, tile, far_bias, k, v, Q, OF_OUTPUT, NEGATIVE_SUM, DELTA, QUERY_IDS, TABLE, RUNS, key_ids, slope,
+    key, offset, run_rows, threshold, inverse_kept, rows, start, n, column, q_st, do_st, T, S, shift, low, high,
+    first, width, scale, cap,
+    HEAD: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HAS_CAP: tl.constexpr,
     HAS_SLOPES: tl.constexpr, HAS_IDS: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr, DROP: tl.constexpr,
     NEAR: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
@@ -202,13 +215,18 @@ def _key_update(
     m = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     q = load_tile(Q + tile.to(tl.int64) * BLOCK_M * q_st, m, T, column, HEAD, BLOCK_D, WHOLE)
     do = load_tile(OF_OUTPUT + tile.to(tl.int64) * BLOCK_M * do_st, m, T, column, HEAD, BLOCK_D, WHOLE)
-    log_sum = tl.load(LOG_SUM + rows + m, mask=m < T, other=float("-inf"))
-    delta = tl.load(DELTA + rows + m, mask=m < T, other=0.0)
-    negative_sum = tl.where(log_sum == float("-inf"), float("-inf"), log_sum * -LOG2_E)
+    if WHOLE:
+        negative_sum, delta = tl.load(NEGATIVE_SUM + rows + m), tl.load(DELTA + rows + m)
+    else:
+        negative_sum = tl.load(NEGATIVE_SUM + rows + m, mask=m < T, other=float("-inf"))
+        delta = tl.load(DELTA + rows + m, mask=m < T, other=0.0)
     kq = tl.dot(k, tl.trans(q), input_precision="ieee")
+    biases = None
+    if NEAR:
+        biases = biases_of(TABLE, start - tile * BLOCK_M, first, width, BLOCK_N, BLOCK_M, True)
     x, bend = scores_of(
-        kq, m[None, :], n[:, None], (negative_sum + far_bias)[None, :], TABLE, slope, shift, first, width, scale, cap,
-        HAS_CAP, HAS_SLOPES, NEAR, WHOLE,
+        kq, m[None, :], n[:, None], (negative_sum + far_bias)[None, :], biases, slope, shift, scale, cap,
+        HAS_CAP, HAS_SLOPES,
     )  # fmt: skip
     if not WHOLE:
         query_ids = 0
@@ -237,7 +255,7 @@ def _key_update(
     do_not_specialize=["T", "S", "shift", "low", "high", "first", "width", "key", "offset", "run_rows", "threshold"]
 )
 def attention_backward_key(
-    Q, K, V, LOG_SUM, OF_OUTPUT, DELTA, DK, DV, QUERY_IDS, KEY_IDS, RANGES, TABLE, SLOPES, RUNS,
+    Q, K, V, NEGATIVE_SUM, OF_OUTPUT, DELTA, DK, DV, QUERY_IDS, KEY_IDS, RANGES, TABLE, SLOPES, RUNS,
     q_sb, q_st, q_sn, k_sb, k_ss, k_sn, v_sb, v_ss, v_sn, do_sb, do_st, do_sn,
     T, S, N, GROUP, shift, low, high, first, width, raw_scale, scale, cap,
     key, offset, run_rows, threshold, inverse_kept,
@@ -279,6 +297,7 @@ def attention_backward_key(
         near, near_stop = near_tiles(tile_n * BLOCK_N, -shift, 1 - first - width, -first, BLOCK_N, BLOCK_M)
         near = tl.minimum(tl.maximum(near, whole), whole_stop)
         near_stop = tl.minimum(tl.maximum(near_stop, near), whole_stop)
+    start = tile_n * BLOCK_N - shift
     dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     dv = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     for member in range(0, GROUP):
@@ -295,27 +314,27 @@ def attention_backward_key(
             tile = tl.where(i < near - whole, whole + i, near_stop + i - (near - whole))
             far_bias = tl.where(i < near - whole, after, before)
             dk, dv = _key_update(
-                dk, dv, tile, far_bias, k, v, q_rows, do_rows, LOG_SUM, DELTA, QUERY_IDS, head_table, RUNS, key_ids,
-                slope, key, offset, run_rows, threshold, inverse_kept, rows, n, column, q_st, do_st, T, S, shift,
-                low, high, first, width, scale, cap,
-                HEAD, BLOCK_D, BLOCK_M, HAS_CAP, HAS_SLOPES, HAS_IDS, LOW, HIGH, DROP, False, True,
+                dk, dv, tile, far_bias, k, v, q_rows, do_rows, NEGATIVE_SUM, DELTA, QUERY_IDS, head_table, RUNS,
+                key_ids, slope, key, offset, run_rows, threshold, inverse_kept, rows, start, n, column, q_st, do_st,
+                T, S, shift, low, high, first, width, scale, cap,
+                HEAD, BLOCK_D, BLOCK_M, BLOCK_N, HAS_CAP, HAS_SLOPES, HAS_IDS, LOW, HIGH, DROP, False, True,
             )  # fmt: skip
         if HAS_TABLE:
             for i in range(0, near_stop - near):
                 tile = near + i
                 dk, dv = _key_update(
-                    dk, dv, tile, 0.0, k, v, q_rows, do_rows, LOG_SUM, DELTA, QUERY_IDS, head_table, RUNS, key_ids,
-                    slope, key, offset, run_rows, threshold, inverse_kept, rows, n, column, q_st, do_st, T, S, shift,
-                    low, high, first, width, scale, cap,
-                    HEAD, BLOCK_D, BLOCK_M, HAS_CAP, HAS_SLOPES, HAS_IDS, LOW, HIGH, DROP, True, True,
+                    dk, dv, tile, 0.0, k, v, q_rows, do_rows, NEGATIVE_SUM, DELTA, QUERY_IDS, head_table, RUNS, key_ids,
+                    slope, key, offset, run_rows, threshold, inverse_kept, rows, start, n, column, q_st, do_st, T, S,
+                    shift, low, high, first, width, scale, cap,
+                    HEAD, BLOCK_D, BLOCK_M, BLOCK_N, HAS_CAP, HAS_SLOPES, HAS_IDS, LOW, HIGH, DROP, True, True,
                 )  # fmt: skip
         for i in range(0, whole - begin + stop - whole_stop):
             tile = tl.where(i < whole - begin, begin + i, whole_stop + i - (whole - begin))
             dk, dv = _key_update(
-                dk, dv, tile, 0.0, k, v, q_rows, do_rows, LOG_SUM, DELTA, QUERY_IDS, head_table, RUNS, key_ids,
-                slope, key, offset, run_rows, threshold, inverse_kept, rows, n, column, q_st, do_st, T, S, shift,
-                low, high, first, width, scale, cap,
-                HEAD, BLOCK_D, BLOCK_M, HAS_CAP, HAS_SLOPES, HAS_IDS, LOW, HIGH, DROP, HAS_TABLE, False,
+                dk, dv, tile, 0.0, k, v, q_rows, do_rows, NEGATIVE_SUM, DELTA, QUERY_IDS, head_table, RUNS, key_ids,
+                slope, key, offset, run_rows, threshold, inverse_kept, rows, start, n, column, q_st, do_st, T, S,
+                shift, low, high, first, width, scale, cap,
+                HEAD, BLOCK_D, BLOCK_M, BLOCK_N, HAS_CAP, HAS_SLOPES, HAS_IDS, LOW, HIGH, DROP, HAS_TABLE, False,
             )  # fmt: skip
     place = ((b * S + n)[:, None] * heads + key_head) * HEAD + column[None, :]
     there = (n[:, None] < S) & (column[None, :] < HEAD)

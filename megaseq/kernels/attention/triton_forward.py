@@ -10,6 +10,7 @@ from __future__ import annotations
 from megaseq.kernels.attention.triton_parts import (
     LN_2,
     TABLE_PAD,
+    biases_of,
     dropout_rows,
     kept_of,
     load_tile,
@@ -24,9 +25,9 @@ from megaseq.kernels.triton_runtime import tl, triton
 @triton.jit
 def _update(
     total, top, weight, tile, far_bias, q, K, V, KEY_IDS, TABLE, query_ids, slope, word, limit, here, beyond, threshold,
-    m, column, k_ss, v_ss, S, shift, low, high, first, width, scale, cap,
-    HEAD: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, HAS_CAP: tl.constexpr, HAS_SLOPES: tl.constexpr,
-    HAS_IDS: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr, DROP: tl.constexpr,
+    start, m, column, k_ss, v_ss, S, shift, low, high, first, width, scale, cap,
+    HEAD: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HAS_CAP: tl.constexpr,
+    HAS_SLOPES: tl.constexpr, HAS_IDS: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr, DROP: tl.constexpr,
     NEAR: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     """Adds a tile of keys to the sums of a tile of queries."""
@@ -38,10 +39,10 @@ def _update(
     if LINEAR:
         x = qk
     else:
-        x, _ = scores_of(
-            qk, m[:, None], n[None, :], far_bias, TABLE, slope, shift, first, width, scale, cap,
-            HAS_CAP, HAS_SLOPES, NEAR, WHOLE,
-        )  # fmt: skip
+        biases, extra = None, far_bias
+        if NEAR:
+            biases, extra = biases_of(TABLE, tile * BLOCK_N - start, first, width, BLOCK_M, BLOCK_N, False), None
+        x, _ = scores_of(qk, m[:, None], n[None, :], extra, biases, slope, shift, scale, cap, HAS_CAP, HAS_SLOPES)
     if not WHOLE:
         key_ids = 0
         if HAS_IDS:
@@ -123,6 +124,7 @@ def attention_forward(
         near, near_stop = near_tiles(tile_m * BLOCK_M, shift, first, first + width - 1, BLOCK_M, BLOCK_N)
         near = tl.minimum(tl.maximum(near, whole), whole_stop)
         near_stop = tl.minimum(tl.maximum(near_stop, near), whole_stop)
+    start = tile_m * BLOCK_M + shift
     total = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     weight = tl.zeros((BLOCK_M,), tl.float32)
@@ -131,23 +133,24 @@ def attention_forward(
         far_bias = tl.where(i < near - whole, before, after)
         total, top, weight = _update(
             total, top, weight, tile, far_bias, q, K, V, KEY_IDS, TABLE, query_ids, slope,
-            word, limit, here, beyond, threshold, m, column, k_ss, v_ss, S, shift, low, high, first, width, scale, cap,
-            HEAD, BLOCK_D, BLOCK_N, HAS_CAP, HAS_SLOPES, HAS_IDS, LOW, HIGH, DROP, False, True,
+            word, limit, here, beyond, threshold, start, m, column, k_ss, v_ss, S, shift, low, high, first, width,
+            scale, cap, HEAD, BLOCK_D, BLOCK_M, BLOCK_N, HAS_CAP, HAS_SLOPES, HAS_IDS, LOW, HIGH, DROP, False, True,
         )  # fmt: skip
     if HAS_TABLE:
         for i in range(0, near_stop - near):
             tile = near + i
             total, top, weight = _update(
                 total, top, weight, tile, 0.0, q, K, V, KEY_IDS, TABLE, query_ids, slope,
-                word, limit, here, beyond, threshold, m, column, k_ss, v_ss, S, shift, low, high, first, width, scale,
-                cap, HEAD, BLOCK_D, BLOCK_N, HAS_CAP, HAS_SLOPES, HAS_IDS, LOW, HIGH, DROP, True, True,
+                word, limit, here, beyond, threshold, start, m, column, k_ss, v_ss, S, shift, low, high, first, width,
+                scale, cap, HEAD, BLOCK_D, BLOCK_M, BLOCK_N, HAS_CAP, HAS_SLOPES, HAS_IDS, LOW, HIGH, DROP, True, True,
             )  # fmt: skip
     for i in range(0, whole - begin + stop - whole_stop):
         tile = tl.where(i < whole - begin, begin + i, whole_stop + i - (whole - begin))
         total, top, weight = _update(
             total, top, weight, tile, 0.0, q, K, V, KEY_IDS, TABLE, query_ids, slope,
-            word, limit, here, beyond, threshold, m, column, k_ss, v_ss, S, shift, low, high, first, width, scale, cap,
-            HEAD, BLOCK_D, BLOCK_N, HAS_CAP, HAS_SLOPES, HAS_IDS, LOW, HIGH, DROP, HAS_TABLE, False,
+            word, limit, here, beyond, threshold, start, m, column, k_ss, v_ss, S, shift, low, high, first, width,
+            scale, cap, HEAD, BLOCK_D, BLOCK_M, BLOCK_N, HAS_CAP, HAS_SLOPES, HAS_IDS, LOW, HIGH, DROP,
+            HAS_TABLE, False,
         )  # fmt: skip
     seen = weight > 0
     divisor = tl.where(seen, weight, 1.0)

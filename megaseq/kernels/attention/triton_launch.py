@@ -180,21 +180,21 @@ def launch_backward(
     if dq.numel() == 0 or dk.numel() == 0:
         of_table = torch.zeros_like(call.table) if trained and call.table is not None else None
         return dq.zero_(), dk.zero_(), dv.zero_(), of_table
-    delta = torch.empty_like(log_sum)
+    delta, negative_sum = torch.empty_like(log_sum), torch.empty_like(log_sum)
     do_sb, do_st, do_sn, _ = of_output.stride()
     common = {**call.arguments(), "do_sb": do_sb, "do_st": do_st, "do_sn": do_sn, "raw_scale": call.scale}
     config = call.config(configs.OF_QUERY)
     tiles = -(-queries // config.blocks["BLOCK_M"])
     parts = _parts(call.table, programs=batch * tiles) if trained and call.table is not None else None
     attention_backward_query[(tiles * batch * heads,)](
-        call.query, call.key, call.value, output, log_sum, of_output, of_log_sum, delta, dq, parts,
+        call.query, call.key, call.value, output, log_sum, of_output, of_log_sum, negative_sum, delta, dq, parts,
         call.query_ids, call.key_ids, call.key_ranges, call.table, call.slopes, call.runs,
         **common, parts_rows=1 if parts is None else parts.shape[1], **config.arguments(),
     )  # fmt: skip
     config = call.config(configs.OF_KEY)
     tiles = -(-keys // config.blocks["BLOCK_N"])
     attention_backward_key[(tiles * batch * call.key.shape[2],)](
-        call.query, call.key, call.value, log_sum, of_output, delta, dk, dv,
+        call.query, call.key, call.value, negative_sum, of_output, delta, dk, dv,
         call.query_ids, call.key_ids, call.query_ranges, call.table, call.slopes, call.runs,
         **common, **config.arguments(),
     )  # fmt: skip

@@ -6,9 +6,11 @@ and sums are of base 2: exp2 is one instruction, and log2(e) is a part of factor
 
 from __future__ import annotations
 
+import torch
+
 from megaseq.kernels.attention import bias_table
 from megaseq.kernels.dropout.reference import FIRST_MULTIPLIER, HIGH_STRIDE, SECOND_MULTIPLIER, STRIDE
-from megaseq.kernels.triton_runtime import tl, triton
+from megaseq.kernels.triton_runtime import interpreted, tl, triton
 
 LOG2_E = tl.constexpr(bias_table.LOG2_E)
 LN_2 = tl.constexpr(0.6931471805599453)
@@ -18,6 +20,7 @@ _STRIDE = tl.constexpr(STRIDE)
 _FIRST = tl.constexpr(FIRST_MULTIPLIER)
 _SECOND = tl.constexpr(SECOND_MULTIPLIER)
 _HIGH = tl.constexpr(HIGH_STRIDE)
+_PTX = tl.constexpr(not interpreted() and torch.version.hip is None)
 
 
 @triton.jit
@@ -94,44 +97,69 @@ def tanh(x):
 
 
 @triton.jit
-def scores_of(
-    qk,
-    m,
-    n,
-    extra,
-    TABLE,
-    slope,
-    shift,
-    first,
-    width,
-    scale,
-    cap,
-    HAS_CAP: tl.constexpr,
-    HAS_SLOPES: tl.constexpr,
-    NEAR: tl.constexpr,
-    WHOLE: tl.constexpr,
-):
-    """The scores of a tile plus `extra`, and the soft cap's derivative.
+def _spread(NUMBER: tl.constexpr, STEP: tl.constexpr, BEFORE: tl.constexpr, AFTER: tl.constexpr):
+    """[BEFORE * NUMBER * AFTER]: STEP times 0 to NUMBER - 1, each AFTER times, and all that BEFORE times."""
+    part = (tl.arange(0, NUMBER).to(tl.int64) * STEP)[None, :, None]
+    return tl.reshape(tl.broadcast_to(part, (BEFORE, NUMBER, AFTER)), (BEFORE * NUMBER * AFTER,))
 
-    Args as tensors that broadcast to the tile: m, n, extra. TABLE is the head's, at the column of distance 0. `scale`
-    makes base 2 of the products, or with a cap what tanh takes, and `cap` makes base 2 of what it returns.
+
+@triton.jit
+def biases_of(TABLE, corner, first, width, ROWS: tl.constexpr, COLUMNS: tl.constexpr, KEYS_FIRST: tl.constexpr):
+    """The table's biases of a tile [queries, keys], or [keys, queries], by the distance of its first pair.
+
+    A tensor core leaves a thread rows r and r + 8 and pairs of columns in steps of 8. Places are therefore put together
+    from what differs between threads, which is one number for each, and what differs between a thread's registers,
+    which the compiler knows: one base with offsets, and each of the distances that the two rows share is loaded once,
+    18 for 32 elements of a tile of 64 columns.
     """
+    low, high = (1 - ROWS, COLUMNS - 1) if KEYS_FIRST else (1 - COLUMNS, ROWS - 1)
+    # Beyond, all distances of the tile have the table's first bias, or all its last.
+    corner = tl.minimum(tl.maximum(corner, first + low), first + width - 1 + high)
+    row = _spread(ROWS // 16, 16, 1, 16) + _spread(8, 1, ROWS // 8, 1)
+    column = _spread(4, 2, COLUMNS // 8, 2)
+    upper_row = _spread(2, 8, ROWS // 16, 8)
+    known_column = _spread(COLUMNS // 8, 8, 1, 8) + _spread(2, 1, COLUMNS // 2, 1)
+    if KEYS_FIRST:
+        of_thread = row[:, None] - column[None, :]
+        of_register = upper_row[:, None] - known_column[None, :]
+    else:
+        of_thread = column[None, :] - row[:, None]
+        of_register = known_column[None, :] - upper_row[:, None]
+    if _PTX:
+        # A load that Triton knows would be copied to shared memory element by element and read from there.
+        place = (TABLE + corner).to(tl.int64) + 4 * of_thread + 4 * of_register
+        return tl.inline_asm_elementwise(
+            "ld.global.nc.f32 $0, [$1];", "=f,l", [place], dtype=tl.float32, is_pure=True, pack=1
+        )
+    return tl.load(TABLE + corner + of_thread + of_register)
+
+
+@triton.jit
+def scores_of(
+    qk, m, n, extra, biases, slope, shift, scale, cap,
+    HAS_CAP: tl.constexpr, HAS_SLOPES: tl.constexpr,
+):  # fmt: skip
+    """The scores of a tile plus `extra` plus `biases`, and the soft cap's derivative.
+
+    Args as tensors that broadcast to the tile: m, n, extra, biases; either of the last two, or both, may be none.
+    `scale` makes base 2 of the products, or with a cap what tanh takes, and `cap` makes base 2 of what it returns.
+    """
+    if biases is None:
+        added = extra
+    elif extra is None:
+        added = biases
+    else:
+        added = extra + biases
     bend = 1.0
     if HAS_CAP:
         bent = tanh(qk * scale)
         bend = 1.0 - bent * bent
-        x = bent * cap + extra
+        x = bent * cap + added
     else:
-        x = qk * scale + extra
+        x = qk * scale + added
     if HAS_SLOPES:
         # Differences of whole numbers below 2^24, which are exact.
         x -= slope * tl.abs(n.to(tl.float32) - (m + shift).to(tl.float32))
-    if NEAR:
-        distance = n - (m + shift)
-        if not WHOLE:
-            # A tile at the edge of a segment may be any way off.
-            distance = tl.minimum(tl.maximum(distance, first), first + width - 1)
-        x += tl.load(TABLE + distance)
     return x, bend
 
 

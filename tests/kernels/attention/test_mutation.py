@@ -29,6 +29,7 @@ TESTS = [
     f"{FILE}::test_padding_on_one_side",
     f"{FILE}::test_parts_of_the_keys_are_joined",
     f"{FILE}::test_offsets_beyond_32_bits",
+    f"{FILE}::test_biases_by_the_instruction",
 ]
 
 MUTANTS = (
@@ -60,8 +61,14 @@ MUTANTS = (
     Mutant(
         "diagonals turn the other way",
         BACKWARD,
-        "tl.gather(ds, (i + c) % BLOCK_N, 1)",
-        "tl.gather(ds, (c - i + BLOCK_M * BLOCK_N) % BLOCK_N, 1)",
+        "(pair % 8 - pair // 8 == diagonal)",
+        "(pair // 8 - pair % 8 == diagonal)",
+    ),
+    Mutant(
+        "blocks' diagonals turn the other way",
+        BACKWARD,
+        "(block % COLUMNS - block // COLUMNS) * 8",
+        "(block // COLUMNS - block % COLUMNS) * 8",
     ),
     Mutant("far gradients swapped", BACKWARD, "left += tl.where(tile < near,", "left += tl.where(tile >= near_stop,"),
     Mutant(
@@ -95,9 +102,22 @@ MUTANTS = (
     Mutant(
         "distances are not clamped",
         PARTS,
-        "tl.minimum(tl.maximum(distance, first), first + width - 1)",
-        "tl.maximum(distance, first)",
+        "tl.minimum(tl.maximum(corner, first + low), first + width - 1 + high)",
+        "tl.maximum(corner, first + low)",
     ),
+    Mutant(
+        "distances are clamped where some are near",
+        PARTS,
+        "(1 - ROWS, COLUMNS - 1) if KEYS_FIRST",
+        "(0, 0) if KEYS_FIRST",
+    ),
+    Mutant(
+        "biases of another row",
+        PARTS,
+        "of_register = known_column[None, :] - upper_row[:, None]",
+        "of_register = known_column[None, :] + upper_row[:, None]",
+    ),
+    Mutant("the instruction loads elsewhere", PARTS, "+ 4 * of_register", "+ 2 * of_register"),
     Mutant(
         "zeros without other=",
         PARTS,

@@ -237,6 +237,26 @@ def test_sums_of_a_wide_table_share_rows(device: torch.device, monkeypatch: pyte
     compare(BY_NAME["table_packed_causal"], device=device, dtype=torch.float32, monkeypatch=monkeypatch)
 
 
+@pytest.mark.skipif(triton_runtime.interpreted() is False, reason="a GPU runs the instruction itself")
+def test_biases_by_the_instruction(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU loads biases by an instruction that the interpreter does not know: from the same addresses."""
+    from megaseq.kernels.attention import triton_parts
+    from megaseq.kernels.triton_runtime import tl
+
+    loads: list[str] = []
+
+    def instruction(text: str, constraints: str, args: list[Any], dtype: Any, is_pure: bool, pack: int) -> Any:
+        assert (constraints, is_pure, pack) == ("=f,l", True, 1)
+        loads.append(text)
+        return tl.load(args[0].to(tl.pointer_type(dtype)))
+
+    monkeypatch.setattr(tl, "inline_asm_elementwise", instruction)
+    monkeypatch.setattr(triton_parts, "_PTX", tl.constexpr(True))
+    for name in ("table_far", "table_packed_causal"):
+        compare(BY_NAME[name], device=device, dtype=torch.float32, monkeypatch=monkeypatch)
+    assert set(loads) == {"ld.global.nc.f32 $0, [$1];"}
+
+
 def operator_arguments(device: torch.device) -> tuple[Any, ...]:
     """Arguments of the operator, with everything that it can have a gradient for."""
     case = AttentionCase("", batch=2, query_length=6, key_length=6, num_heads=2, num_key_heads=1, head_dim=16)
