@@ -19,11 +19,8 @@ constexpr std::uint32_t kStride = 0x9E3779B1;
 
 inline std::uint32_t hash(const Block& block, std::uint32_t element) {
   std::uint32_t h = block.low + element * kStride;
-  h = (h ^ (h >> 16)) * 0x85EBCA6Bu;
-  h ^= block.high;
-  h = (h ^ (h >> 13)) * 0xC2B2AE35u;
-  h = (h ^ (h >> 16)) * 0x27D4EB2Fu;
-  return h ^ (h >> 15);
+  h = (h ^ (h >> 16) ^ block.high) * 0x7FEB352Du;
+  return (h ^ (h >> 15)) * 0x846CA68Bu;
 }
 
 std::uint32_t mix_high(std::uint32_t key_high, std::uint32_t high) {

@@ -8,16 +8,15 @@
 //   w = w ^ (w >> 16)                      one word for 2^32 elements
 //
 //   h = lo * 0x9E3779B1 + key_lo
-//   h = (h ^ (h >> 16)) * 0x85EBCA6B
-//   h = h ^ w
-//   h = (h ^ (h >> 13)) * 0xC2B2AE35
-//   h = (h ^ (h >> 16)) * 0x27D4EB2F
-//   h = h ^ (h >> 15)
+//   h = (h ^ (h >> 16) ^ w) * 0x7FEB352D
+//   h = (h ^ (h >> 15)) * 0x846CA68B
 //   element i is kept if h >= threshold, so it is dropped with probability threshold / 2^32.
 //
-// Two rounds after w, because with one the masks of two keys that differ in their high word are visibly correlated. The
-// rounds are those of MurmurHash3's finaliser (Austin Appleby, public domain). Element j of a call has index offset + j, so any
-// part of a tensor can be computed on its own, and in any order.
+// Two rounds after w, because with one the masks of two keys that differ in their high word are visibly correlated. There
+// is no shift after the last product, as what is compared are its high bits: a step less for each element, of which a
+// GPU takes as long for a weight of attention as for all else that is done with it. The rounds of w are those of
+// MurmurHash3's finaliser (Austin Appleby, public domain), the multipliers of h those of lowbias32 (Chris Wellons, public
+// domain). Element j of a call has index offset + j, so any part of a tensor can be computed on its own, and in any order.
 #pragma once
 
 #include <cstddef>

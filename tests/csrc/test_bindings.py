@@ -31,14 +31,11 @@ def kept(*, count: int, key: int, offset: int, threshold: int) -> npt.NDArray[np
         index = (offset + element) % 2**64
         low, high = index & mask32, index >> 32
         h = (low * 0x9E3779B1 + (key & mask32)) & mask32
-        h = ((h ^ (h >> 16)) * 0x85EBCA6B) & mask32
         w = ((key >> 32) + high * 0x27D4EB2F) & mask32
         w = ((w ^ (w >> 16)) * 0x85EBCA6B) & mask32
         w = ((w ^ (w >> 13)) * 0xC2B2AE35) & mask32
-        h ^= w ^ (w >> 16)
-        h = ((h ^ (h >> 13)) * 0xC2B2AE35) & mask32
-        h = ((h ^ (h >> 16)) * 0x27D4EB2F) & mask32
-        h ^= h >> 15
+        h = ((h ^ (h >> 16) ^ w ^ (w >> 16)) * 0x7FEB352D) & mask32
+        h = ((h ^ (h >> 15)) * 0x846CA68B) & mask32
         result.append(h >= threshold)
     return np.array(result, dtype=bool)
 

@@ -29,6 +29,9 @@ OPTIONS = (
     "task.encoder.dropout=0.1",
     "task.decoder.dropout=0.1",
     "learner.optimizer.epsilon=1e-4",
+    # Where a unit is nearly zero, rounding would decide whether relu lets a gradient through.
+    "task.encoder.layer.ffn.activation=gelu",
+    "task.decoder.layer.ffn.activation=gelu",
     "learner.ema.cls=megaseq.learner.ema.MovingAverage",
     "checkpoint.interval_steps=3",
     # The losses are compared to 1e-5, which is not to be had where the processor multiplies bfloat16.

@@ -50,6 +50,7 @@ def _query_update(
     first, width, near, near_stop, scale, cap,
     HEAD: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HAS_CAP: tl.constexpr,
     HAS_SLOPES: tl.constexpr, HAS_IDS: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr, DROP: tl.constexpr,
+    WRAPS: tl.constexpr,
     OF_TABLE: tl.constexpr, NEAR: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     """Adds what a tile of keys gives to the gradients of a tile of queries and of the biases between them."""
@@ -74,8 +75,8 @@ def _query_update(
         x = tl.where(allowed, x, float("-inf"))
     p = tl.exp2(x)
     if DROP:
-        kept = kept_of(word[:, None], limit[:, None], here[:, None], beyond[:, None], n[None, :], threshold)
-        dp = tl.where(kept, dp * inverse_kept, 0.0)
+        kept = kept_of(word[:, None], limit[:, None], here[:, None], beyond[:, None], n[None, :], threshold, WRAPS)
+        dp = tl.where(kept, dp, 0.0) * inverse_kept
     ds = p * (dp - delta[:, None])
     if OF_TABLE:
         if NEAR and WHOLE:
@@ -105,7 +106,7 @@ def attention_backward_query(
     T, S, N, GROUP, shift, low, high, first, width, parts_rows, raw_scale, scale, cap,
     key, offset, run_rows, threshold, inverse_kept,
     HEAD: tl.constexpr, BLOCK_D: tl.constexpr, GRANULE: tl.constexpr, HAS_CAP: tl.constexpr,
-    LOW: tl.constexpr, HIGH: tl.constexpr, DROP: tl.constexpr,
+    LOW: tl.constexpr, HIGH: tl.constexpr, DROP: tl.constexpr, WRAPS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Gradients of a tile of queries of one head; runs before the other kernel, for which it leaves two tensors.
@@ -151,7 +152,7 @@ def attention_backward_query(
     slope = tl.load(SLOPES + h) if HAS_SLOPES else 0.0
     word, limit, here, beyond = 0, 0, 0, 0
     if DROP:
-        word, limit, here, beyond = dropout_rows(RUNS, rows, m < T, S, key, offset, run_rows)
+        word, limit, here, beyond = dropout_rows(RUNS, rows, m < T, S, key, offset, run_rows, WRAPS)
         threshold = (threshold.to(tl.int64) & 0xFFFFFFFF).to(tl.uint32)
     begin, whole, whole_stop, stop = visible_tiles(
         RANGES, b, tile_m * BLOCK_M, T, S, shift, low, high, BLOCK_M, BLOCK_N, GRANULE
@@ -177,7 +178,8 @@ def attention_backward_query(
             dq, left, right, tile, far_bias, q, do, negative_sum, delta, K, V, KEY_IDS, TABLE, PARTS, query_ids, slope,
             word, limit, here, beyond, threshold, inverse_kept, start, m, column, k_ss, v_ss, S, shift, low, high,
             first, width, all_near, all_near_stop, scale, cap,
-            HEAD, BLOCK_D, BLOCK_M, BLOCK_N, HAS_CAP, HAS_SLOPES, HAS_IDS, LOW, HIGH, DROP, OF_TABLE, False, True,
+            HEAD, BLOCK_D, BLOCK_M, BLOCK_N, HAS_CAP, HAS_SLOPES, HAS_IDS, LOW, HIGH, DROP, WRAPS,
+            OF_TABLE, False, True,
         )  # fmt: skip
     if HAS_TABLE:
         for i in range(0, near_stop - near):
@@ -186,7 +188,8 @@ def attention_backward_query(
                 dq, left, right, tile, 0.0, q, do, negative_sum, delta, K, V, KEY_IDS, TABLE, PARTS, query_ids, slope,
                 word, limit, here, beyond, threshold, inverse_kept, start, m, column, k_ss, v_ss, S, shift, low, high,
                 first, width, all_near, all_near_stop, scale, cap,
-                HEAD, BLOCK_D, BLOCK_M, BLOCK_N, HAS_CAP, HAS_SLOPES, HAS_IDS, LOW, HIGH, DROP, OF_TABLE, True, True,
+                HEAD, BLOCK_D, BLOCK_M, BLOCK_N, HAS_CAP, HAS_SLOPES, HAS_IDS, LOW, HIGH, DROP, WRAPS,
+                OF_TABLE, True, True,
             )  # fmt: skip
     for i in range(0, whole - begin + stop - whole_stop):
         tile = tl.where(i < whole - begin, begin + i, whole_stop + i - (whole - begin))
@@ -194,7 +197,8 @@ def attention_backward_query(
             dq, left, right, tile, 0.0, q, do, negative_sum, delta, K, V, KEY_IDS, TABLE, PARTS, query_ids, slope,
             word, limit, here, beyond, threshold, inverse_kept, start, m, column, k_ss, v_ss, S, shift, low, high,
             first, width, all_near, all_near_stop, scale, cap,
-            HEAD, BLOCK_D, BLOCK_M, BLOCK_N, HAS_CAP, HAS_SLOPES, HAS_IDS, LOW, HIGH, DROP, OF_TABLE, HAS_TABLE, False,
+            HEAD, BLOCK_D, BLOCK_M, BLOCK_N, HAS_CAP, HAS_SLOPES, HAS_IDS, LOW, HIGH, DROP, WRAPS,
+            OF_TABLE, HAS_TABLE, False,
         )  # fmt: skip
     tl.store(DQ + place, (dq * raw_scale).to(DQ.dtype.element_ty), mask=(m[:, None] < T) & (column[None, :] < HEAD))
     if OF_TABLE:
@@ -209,6 +213,7 @@ def _key_update(
     first, width, scale, cap,
     HEAD: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HAS_CAP: tl.constexpr,
     HAS_SLOPES: tl.constexpr, HAS_IDS: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr, DROP: tl.constexpr,
+    WRAPS: tl.constexpr,
     NEAR: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     """Adds what a tile of queries gives to the gradients of a tile of keys and values; tiles are [keys, queries]."""
@@ -237,9 +242,9 @@ def _key_update(
     p = tl.exp2(x)
     dp = tl.dot(v, tl.trans(do), input_precision="ieee")
     if DROP:
-        word, limit, here, beyond = dropout_rows(RUNS, rows + m, m < T, S, key, offset, run_rows)
-        kept = kept_of(word[None, :], limit[None, :], here[None, :], beyond[None, :], n[:, None], threshold)
-        dp = tl.where(kept, dp * inverse_kept, 0.0)
+        word, limit, here, beyond = dropout_rows(RUNS, rows + m, m < T, S, key, offset, run_rows, WRAPS)
+        kept = kept_of(word[None, :], limit[None, :], here[None, :], beyond[None, :], n[:, None], threshold, WRAPS)
+        dp = tl.where(kept, dp, 0.0) * inverse_kept
         dropped = tl.where(kept, p, 0.0)
     else:
         dropped = p
@@ -260,7 +265,7 @@ def attention_backward_key(
     T, S, N, GROUP, shift, low, high, first, width, raw_scale, scale, cap,
     key, offset, run_rows, threshold, inverse_kept,
     HEAD: tl.constexpr, BLOCK_D: tl.constexpr, GRANULE: tl.constexpr, HAS_CAP: tl.constexpr,
-    LOW: tl.constexpr, HIGH: tl.constexpr, DROP: tl.constexpr,
+    LOW: tl.constexpr, HIGH: tl.constexpr, DROP: tl.constexpr, WRAPS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Gradients of a tile of keys and values of one key head, summed over its query heads.
@@ -317,7 +322,7 @@ def attention_backward_key(
                 dk, dv, tile, far_bias, k, v, q_rows, do_rows, NEGATIVE_SUM, DELTA, QUERY_IDS, head_table, RUNS,
                 key_ids, slope, key, offset, run_rows, threshold, inverse_kept, rows, start, n, column, q_st, do_st,
                 T, S, shift, low, high, first, width, scale, cap,
-                HEAD, BLOCK_D, BLOCK_M, BLOCK_N, HAS_CAP, HAS_SLOPES, HAS_IDS, LOW, HIGH, DROP, False, True,
+                HEAD, BLOCK_D, BLOCK_M, BLOCK_N, HAS_CAP, HAS_SLOPES, HAS_IDS, LOW, HIGH, DROP, WRAPS, False, True,
             )  # fmt: skip
         if HAS_TABLE:
             for i in range(0, near_stop - near):
@@ -326,7 +331,7 @@ def attention_backward_key(
                     dk, dv, tile, 0.0, k, v, q_rows, do_rows, NEGATIVE_SUM, DELTA, QUERY_IDS, head_table, RUNS, key_ids,
                     slope, key, offset, run_rows, threshold, inverse_kept, rows, start, n, column, q_st, do_st, T, S,
                     shift, low, high, first, width, scale, cap,
-                    HEAD, BLOCK_D, BLOCK_M, BLOCK_N, HAS_CAP, HAS_SLOPES, HAS_IDS, LOW, HIGH, DROP, True, True,
+                    HEAD, BLOCK_D, BLOCK_M, BLOCK_N, HAS_CAP, HAS_SLOPES, HAS_IDS, LOW, HIGH, DROP, WRAPS, True, True,
                 )  # fmt: skip
         for i in range(0, whole - begin + stop - whole_stop):
             tile = tl.where(i < whole - begin, begin + i, whole_stop + i - (whole - begin))
@@ -334,7 +339,7 @@ def attention_backward_key(
                 dk, dv, tile, 0.0, k, v, q_rows, do_rows, NEGATIVE_SUM, DELTA, QUERY_IDS, head_table, RUNS, key_ids,
                 slope, key, offset, run_rows, threshold, inverse_kept, rows, start, n, column, q_st, do_st, T, S,
                 shift, low, high, first, width, scale, cap,
-                HEAD, BLOCK_D, BLOCK_M, BLOCK_N, HAS_CAP, HAS_SLOPES, HAS_IDS, LOW, HIGH, DROP, HAS_TABLE, False,
+                HEAD, BLOCK_D, BLOCK_M, BLOCK_N, HAS_CAP, HAS_SLOPES, HAS_IDS, LOW, HIGH, DROP, WRAPS, HAS_TABLE, False,
             )  # fmt: skip
     place = ((b * S + n)[:, None] * heads + key_head) * HEAD + column[None, :]
     there = (n[:, None] < S) & (column[None, :] < HEAD)

@@ -28,7 +28,7 @@ def _update(
     start, m, column, k_ss, v_ss, S, shift, low, high, first, width, scale, cap,
     HEAD: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HAS_CAP: tl.constexpr,
     HAS_SLOPES: tl.constexpr, HAS_IDS: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr, DROP: tl.constexpr,
-    NEAR: tl.constexpr, WHOLE: tl.constexpr,
+    WRAPS: tl.constexpr, NEAR: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     """Adds a tile of keys to the sums of a tile of queries."""
     n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -62,7 +62,7 @@ def _update(
     weight = weight * shrink + tl.sum(p, 1)
     if DROP:
         p = tl.where(
-            kept_of(word[:, None], limit[:, None], here[:, None], beyond[:, None], n[None, :], threshold), p, 0.0
+            kept_of(word[:, None], limit[:, None], here[:, None], beyond[:, None], n[None, :], threshold, WRAPS), p, 0.0
         )
     v = load_tile(V + tile.to(tl.int64) * BLOCK_N * v_ss, n, S, column, HEAD, BLOCK_D, WHOLE)
     total = tl.dot(p.to(v.dtype), v, total * shrink[:, None], input_precision="ieee")
@@ -77,7 +77,7 @@ def attention_forward(
     q_sb, q_st, q_sn, k_sb, k_ss, k_sn, v_sb, v_ss, v_sn,
     T, S, N, GROUP, shift, low, high, first, width, scale, cap, key, offset, run_rows, threshold, inverse_kept,
     HEAD: tl.constexpr, BLOCK_D: tl.constexpr, GRANULE: tl.constexpr, HAS_CAP: tl.constexpr,
-    LOW: tl.constexpr, HIGH: tl.constexpr, DROP: tl.constexpr,
+    LOW: tl.constexpr, HIGH: tl.constexpr, DROP: tl.constexpr, WRAPS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Attention of a tile of queries of one head.
@@ -111,7 +111,7 @@ def attention_forward(
     word, limit, here, beyond = 0, 0, 0, 0
     if DROP:
         row = head_row.to(tl.int64) * T + m
-        word, limit, here, beyond = dropout_rows(RUNS, row, m < T, S, key, offset, run_rows)
+        word, limit, here, beyond = dropout_rows(RUNS, row, m < T, S, key, offset, run_rows, WRAPS)
         threshold = (threshold.to(tl.int64) & 0xFFFFFFFF).to(tl.uint32)
     begin, whole, whole_stop, stop = visible_tiles(
         RANGES, b, tile_m * BLOCK_M, T, S, shift, low, high, BLOCK_M, BLOCK_N, GRANULE
@@ -134,7 +134,8 @@ def attention_forward(
         total, top, weight = _update(
             total, top, weight, tile, far_bias, q, K, V, KEY_IDS, TABLE, query_ids, slope,
             word, limit, here, beyond, threshold, start, m, column, k_ss, v_ss, S, shift, low, high, first, width,
-            scale, cap, HEAD, BLOCK_D, BLOCK_M, BLOCK_N, HAS_CAP, HAS_SLOPES, HAS_IDS, LOW, HIGH, DROP, False, True,
+            scale, cap, HEAD, BLOCK_D, BLOCK_M, BLOCK_N, HAS_CAP, HAS_SLOPES, HAS_IDS, LOW, HIGH, DROP, WRAPS,
+            False, True,
         )  # fmt: skip
     if HAS_TABLE:
         for i in range(0, near_stop - near):
@@ -142,14 +143,15 @@ def attention_forward(
             total, top, weight = _update(
                 total, top, weight, tile, 0.0, q, K, V, KEY_IDS, TABLE, query_ids, slope,
                 word, limit, here, beyond, threshold, start, m, column, k_ss, v_ss, S, shift, low, high, first, width,
-                scale, cap, HEAD, BLOCK_D, BLOCK_M, BLOCK_N, HAS_CAP, HAS_SLOPES, HAS_IDS, LOW, HIGH, DROP, True, True,
+                scale, cap, HEAD, BLOCK_D, BLOCK_M, BLOCK_N, HAS_CAP, HAS_SLOPES, HAS_IDS, LOW, HIGH, DROP, WRAPS,
+                True, True,
             )  # fmt: skip
     for i in range(0, whole - begin + stop - whole_stop):
         tile = tl.where(i < whole - begin, begin + i, whole_stop + i - (whole - begin))
         total, top, weight = _update(
             total, top, weight, tile, 0.0, q, K, V, KEY_IDS, TABLE, query_ids, slope,
             word, limit, here, beyond, threshold, start, m, column, k_ss, v_ss, S, shift, low, high, first, width,
-            scale, cap, HEAD, BLOCK_D, BLOCK_M, BLOCK_N, HAS_CAP, HAS_SLOPES, HAS_IDS, LOW, HIGH, DROP,
+            scale, cap, HEAD, BLOCK_D, BLOCK_M, BLOCK_N, HAS_CAP, HAS_SLOPES, HAS_IDS, LOW, HIGH, DROP, WRAPS,
             HAS_TABLE, False,
         )  # fmt: skip
     seen = weight > 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +17,7 @@ from megaseq.kernels.attention.ranges import GRANULE
 from megaseq.kernels.attention.triton_backward import attention_backward_key, attention_backward_query
 from megaseq.kernels.attention.triton_forward import attention_forward
 from megaseq.kernels.attention.triton_parts import NEVER
-from megaseq.kernels.dropout.reference import threshold_of
+from megaseq.kernels.dropout.reference import WORD, threshold_of
 
 UNBOUNDED: int = NEVER.value
 """A distance that no pair has."""
@@ -60,6 +61,12 @@ class Call:
         batch, queries, heads, _ = self.query.shape
         return batch, queries, self.key.shape[1], heads
 
+    @property
+    def wraps(self) -> bool:
+        """Whether the numbers of weights that dropout hashes may pass a multiple of 2^32 within a row."""
+        last = (self.dropout_offset & WORD) + math.prod(self.sizes)
+        return self.rate > 0.0 and (self.runs is not None or last > WORD)
+
     def config(self, kernel: str) -> triton_runtime.Config:
         """The tile sizes of a kernel."""
         arch, shared = triton_runtime.architecture(), triton_runtime.shared_memory()
@@ -76,7 +83,7 @@ class Call:
             0 if self.runs is None else self.runs.numel(),
             self.scale, self.soft_cap, self.shift, self.low, self.high, self.first, self.rate,
         )  # fmt: skip
-        return {**fixed, "key": self.dropout_key, "offset": self.dropout_offset}
+        return {**fixed, "WRAPS": self.wraps, "key": self.dropout_key, "offset": self.dropout_offset}
 
 
 @functools.lru_cache(maxsize=256)

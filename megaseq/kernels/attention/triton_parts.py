@@ -9,17 +9,19 @@ from __future__ import annotations
 import torch
 
 from megaseq.kernels.attention import bias_table
-from megaseq.kernels.dropout.reference import FIRST_MULTIPLIER, HIGH_STRIDE, SECOND_MULTIPLIER, STRIDE
+from megaseq.kernels.dropout import reference as dropout
 from megaseq.kernels.triton_runtime import interpreted, tl, triton
 
 LOG2_E = tl.constexpr(bias_table.LOG2_E)
 LN_2 = tl.constexpr(0.6931471805599453)
 NEVER = tl.constexpr(1 << 30)
 TABLE_PAD = tl.constexpr(bias_table.TABLE_PAD)
-_STRIDE = tl.constexpr(STRIDE)
-_FIRST = tl.constexpr(FIRST_MULTIPLIER)
-_SECOND = tl.constexpr(SECOND_MULTIPLIER)
-_HIGH = tl.constexpr(HIGH_STRIDE)
+_STRIDE = tl.constexpr(dropout.STRIDE)
+_FIRST = tl.constexpr(dropout.FIRST_MULTIPLIER)
+_SECOND = tl.constexpr(dropout.SECOND_MULTIPLIER)
+_HIGH_STRIDE = tl.constexpr(dropout.HIGH_STRIDE)
+_FIRST_HIGH = tl.constexpr(dropout.FIRST_HIGH_MULTIPLIER)
+_SECOND_HIGH = tl.constexpr(dropout.SECOND_HIGH_MULTIPLIER)
 _PTX = tl.constexpr(not interpreted() and torch.version.hip is None)
 
 
@@ -177,43 +179,49 @@ def sees(m, n, query_ids, key_ids, shift, low, high, S, HAS_IDS: tl.constexpr, L
 @triton.jit
 def _high_word(word):
     word = (word ^ (word >> 16)).to(tl.uint32)
-    word = tl.mul(word, _FIRST, sanitize_overflow=False)
+    word = tl.mul(word, _FIRST_HIGH, sanitize_overflow=False)
     word = word ^ (word >> 13)
-    word = tl.mul(word, _SECOND, sanitize_overflow=False)
+    word = tl.mul(word, _SECOND_HIGH, sanitize_overflow=False)
     return word ^ (word >> 16)
 
 
 @triton.jit
-def dropout_rows(RUNS, row, there, S, key, offset, run_rows):
+def dropout_rows(RUNS, row, there, S, key, offset, run_rows, WRAPS: tl.constexpr):
     """What dropout's hashes need of rows [R] of weights, numbered among [B, N, T]: (low words, highest column whose low
-    word does not wrap, what the high word adds up to there and beyond), uint32 [R] each."""
+    word does not wrap, what the high word adds up to there and beyond), uint32 [R] each. Without WRAPS the high word is
+    that of `offset` for all rows, and RUNS is none."""
     key = key.to(tl.int64)
+    key_high = ((key >> 32) & 0xFFFFFFFF).to(tl.uint32)
+    key_low = (key & 0xFFFFFFFF).to(tl.uint32)
+    if not WRAPS:
+        low = tl.mul(row.to(tl.uint32), S.to(tl.uint32), sanitize_overflow=False)
+        low = tl.add(low, (offset.to(tl.int64) & 0xFFFFFFFF).to(tl.uint32), sanitize_overflow=False)
+        word = tl.add(tl.mul(low, _STRIDE, sanitize_overflow=False), key_low, sanitize_overflow=False)
+        high = ((offset.to(tl.int64) >> 32) & 0xFFFFFFFF).to(tl.uint32)
+        high = tl.mul(high, _HIGH_STRIDE, sanitize_overflow=False)
+        here = _high_word(tl.add(high, key_high, sanitize_overflow=False)) + tl.zeros_like(word)
+        return word, ~low, here, here
     if RUNS is not None:
         start = tl.load(RUNS + row // run_rows, mask=there, other=0) + (row % run_rows) * S
     else:
         start = offset + row * S
     low = (start & 0xFFFFFFFF).to(tl.uint32)
-    high = tl.mul(((start >> 32) & 0xFFFFFFFF).to(tl.uint32), _HIGH, sanitize_overflow=False)
-    key_high = ((key >> 32) & 0xFFFFFFFF).to(tl.uint32)
-    key_low = (key & 0xFFFFFFFF).to(tl.uint32)
+    high = tl.mul(((start >> 32) & 0xFFFFFFFF).to(tl.uint32), _HIGH_STRIDE, sanitize_overflow=False)
     here = tl.add(high, key_high, sanitize_overflow=False)
-    beyond = tl.add(here, _HIGH, sanitize_overflow=False)
+    beyond = tl.add(here, _HIGH_STRIDE, sanitize_overflow=False)
     word = tl.add(tl.mul(low, _STRIDE, sanitize_overflow=False), key_low, sanitize_overflow=False)
     return word, ~low, _high_word(here), _high_word(beyond)
 
 
 @triton.jit
-def kept_of(word, limit, here, beyond, n, threshold):
+def kept_of(word, limit, here, beyond, n, threshold, WRAPS: tl.constexpr):
     """Which weights of a tile dropout keeps; all but the threshold broadcast to it. The formula is in
-    megaseq/csrc/dropout.h."""
+    megaseq/csrc/dropout.h; without WRAPS no row has a number whose low word wraps."""
     column = n.to(tl.uint32)
     h = tl.add(word, tl.mul(column, _STRIDE, sanitize_overflow=False), sanitize_overflow=False)
-    h = h ^ (h >> 16)
+    high = tl.where(column > limit, beyond, here) if WRAPS else here
+    h = h ^ (h >> 16) ^ high
     h = tl.mul(h, _FIRST, sanitize_overflow=False)
-    h = h ^ tl.where(column > limit, beyond, here)
-    h = h ^ (h >> 13)
-    h = tl.mul(h, _SECOND, sanitize_overflow=False)
-    h = h ^ (h >> 16)
-    h = tl.mul(h, _HIGH, sanitize_overflow=False)
     h = h ^ (h >> 15)
+    h = tl.mul(h, _SECOND, sanitize_overflow=False)
     return h >= threshold

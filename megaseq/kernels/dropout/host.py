@@ -9,7 +9,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from megaseq.kernels.dropout.reference import FIRST_MULTIPLIER, HIGH_STRIDE, SECOND_MULTIPLIER, STRIDE, WORD
+from megaseq.kernels.dropout.reference import (
+    FIRST_HIGH_MULTIPLIER,
+    FIRST_MULTIPLIER,
+    HIGH_STRIDE,
+    SECOND_HIGH_MULTIPLIER,
+    SECOND_MULTIPLIER,
+    STRIDE,
+    WORD,
+)
 
 PIECE = 1 << 15
 """Elements a piece: two buffers of 32-bit words stay in the second-level cache."""
@@ -58,23 +66,18 @@ def _hash(h: NDArray[np.uint32], *, shifted: NDArray[np.uint32], high: np.uint32
     """Turns low words into hashes, in place; `shifted` is scratch, `high` what the high words add."""
     np.right_shift(h, 16, out=shifted)
     np.bitwise_xor(h, shifted, out=h)
-    np.multiply(h, np.uint32(FIRST_MULTIPLIER), out=h)
     np.bitwise_xor(h, high, out=h)
-    np.right_shift(h, 13, out=shifted)
-    np.bitwise_xor(h, shifted, out=h)
-    np.multiply(h, np.uint32(SECOND_MULTIPLIER), out=h)
-    np.right_shift(h, 16, out=shifted)
-    np.bitwise_xor(h, shifted, out=h)
-    np.multiply(h, np.uint32(HIGH_STRIDE), out=h)
+    np.multiply(h, np.uint32(FIRST_MULTIPLIER), out=h)
     np.right_shift(h, 15, out=shifted)
     np.bitwise_xor(h, shifted, out=h)
+    np.multiply(h, np.uint32(SECOND_MULTIPLIER), out=h)
 
 
 def _high_word(key: int, index: int) -> int:
     """What the high words of the key and of the index add to every hash of a piece."""
     word = ((key >> 32) + (index >> 32) * HIGH_STRIDE) & WORD
-    word = ((word ^ (word >> 16)) * FIRST_MULTIPLIER) & WORD
-    word = ((word ^ (word >> 13)) * SECOND_MULTIPLIER) & WORD
+    word = ((word ^ (word >> 16)) * FIRST_HIGH_MULTIPLIER) & WORD
+    word = ((word ^ (word >> 13)) * SECOND_HIGH_MULTIPLIER) & WORD
     return word ^ (word >> 16)
 
 

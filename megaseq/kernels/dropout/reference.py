@@ -6,10 +6,9 @@ import torch
 from torch import Tensor
 
 WORD = 0xFFFFFFFF
-STRIDE = 0x9E3779B1
-FIRST_MULTIPLIER = 0x85EBCA6B
-SECOND_MULTIPLIER = 0xC2B2AE35
-HIGH_STRIDE = 0x27D4EB2F
+STRIDE, HIGH_STRIDE = 0x9E3779B1, 0x27D4EB2F
+FIRST_MULTIPLIER, SECOND_MULTIPLIER = 0x7FEB352D, 0x846CA68B
+FIRST_HIGH_MULTIPLIER, SECOND_HIGH_MULTIPLIER = 0x85EBCA6B, 0xC2B2AE35
 
 
 def threshold_of(rate: float) -> int:
@@ -57,12 +56,9 @@ def hashes(index: Tensor, *, key: int) -> Tensor:
     All words are held in int64, where a product of two of them may wrap and its low 32 bits are still right.
     """
     low, high = index & WORD, (index >> 32) & WORD
-    word = (low * STRIDE + (key & WORD)) & WORD
-    word = ((word ^ (word >> 16)) * FIRST_MULTIPLIER) & WORD
     mixed = ((key >> 32) + high * HIGH_STRIDE) & WORD
-    mixed = ((mixed ^ (mixed >> 16)) * FIRST_MULTIPLIER) & WORD
-    mixed = ((mixed ^ (mixed >> 13)) * SECOND_MULTIPLIER) & WORD
-    word = word ^ mixed ^ (mixed >> 16)
-    word = ((word ^ (word >> 13)) * SECOND_MULTIPLIER) & WORD
-    word = ((word ^ (word >> 16)) * HIGH_STRIDE) & WORD
-    return word ^ (word >> 15)
+    mixed = ((mixed ^ (mixed >> 16)) * FIRST_HIGH_MULTIPLIER) & WORD
+    mixed = ((mixed ^ (mixed >> 13)) * SECOND_HIGH_MULTIPLIER) & WORD
+    word = (low * STRIDE + (key & WORD)) & WORD
+    word = ((word ^ (word >> 16) ^ mixed ^ (mixed >> 16)) * FIRST_MULTIPLIER) & WORD
+    return ((word ^ (word >> 15)) * SECOND_MULTIPLIER) & WORD

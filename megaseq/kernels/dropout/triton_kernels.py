@@ -12,6 +12,8 @@ from megaseq.kernels.triton_runtime import tl, triton
 STRIDE = tl.constexpr(reference.STRIDE)
 FIRST_MULTIPLIER = tl.constexpr(reference.FIRST_MULTIPLIER)
 SECOND_MULTIPLIER = tl.constexpr(reference.SECOND_MULTIPLIER)
+FIRST_HIGH_MULTIPLIER = tl.constexpr(reference.FIRST_HIGH_MULTIPLIER)
+SECOND_HIGH_MULTIPLIER = tl.constexpr(reference.SECOND_HIGH_MULTIPLIER)
 HIGH_STRIDE = tl.constexpr(reference.HIGH_STRIDE)
 
 
@@ -31,13 +33,11 @@ def _plus(word, other):
 def hashes(index, key_low, key_high):
     """The 32-bit hash of each of the elements `index` (int64); the halves of the key are int32, by their bits."""
     high = _plus(_times((index >> 32).to(tl.uint32), HIGH_STRIDE), key_high.to(tl.uint32, bitcast=True))
-    high = _times(high ^ (high >> 16), FIRST_MULTIPLIER)
-    high = _times(high ^ (high >> 13), SECOND_MULTIPLIER)
+    high = _times(high ^ (high >> 16), FIRST_HIGH_MULTIPLIER)
+    high = _times(high ^ (high >> 13), SECOND_HIGH_MULTIPLIER)
     word = _plus(_times(index.to(tl.uint32), STRIDE), key_low.to(tl.uint32, bitcast=True))
-    word = _times(word ^ (word >> 16), FIRST_MULTIPLIER) ^ high ^ (high >> 16)
-    word = _times(word ^ (word >> 13), SECOND_MULTIPLIER)
-    word = _times(word ^ (word >> 16), HIGH_STRIDE)
-    return word ^ (word >> 15)
+    word = _times(word ^ (word >> 16) ^ (high ^ (high >> 16)), FIRST_MULTIPLIER)
+    return _times(word ^ (word >> 15), SECOND_MULTIPLIER)
 
 
 @triton.jit(do_not_specialize=["start", "key_low", "key_high", "threshold"])

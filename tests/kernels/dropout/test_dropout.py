@@ -27,11 +27,8 @@ def slow_keep(index: int, *, key: int, threshold: int) -> bool:
     w = ((w ^ (w >> 13)) * 0xC2B2AE35) & word
     w ^= w >> 16
     h = ((index & word) * 0x9E3779B1 + (key & word)) & word
-    h = ((h ^ (h >> 16)) * 0x85EBCA6B) & word
-    h ^= w
-    h = ((h ^ (h >> 13)) * 0xC2B2AE35) & word
-    h = ((h ^ (h >> 16)) * 0x27D4EB2F) & word
-    return (h ^ (h >> 15)) >= threshold
+    h = ((h ^ (h >> 16) ^ w) * 0x7FEB352D) & word
+    return ((h ^ (h >> 15)) * 0x846CA68B) & word >= threshold
 
 
 @settings(max_examples=40, deadline=None)
