@@ -15,6 +15,7 @@ pytest.importorskip("triton")
 
 from tests.kernels.ahead_of_time import gate
 from tests.kernels.ahead_of_time.figures import SHARED_LIMIT, Row, problems
+from tests.kernels.ahead_of_time.loops import loops
 
 RIGHT = ["--cases", "tests.kernels.ahead_of_time.right"]
 WRONG = ["--cases", "tests.kernels.ahead_of_time.wrong"]
@@ -43,6 +44,23 @@ def test_tables_are_sorted_by_number() -> None:
         header, *rows = [line.split("\t") for line in text.splitlines()]
         assert header == list(gate.COLUMNS)
         assert [(row[0], row[5]) for row in rows] == [(op, "80"), (op, "90"), (op, "100")]
+
+
+def test_innermost_loops_are_counted() -> None:
+    code = """
+        .L_x_0:
+                /*0000*/                   IADD3 R1, R1, 0x1, RZ ;
+        .L_x_1:
+                /*0010*/                   FADD R2, R2, R3 ;
+                /*0020*/                   FMUL R2, R2, R3 ;
+                /*0030*/              @!P0 BRA `(.L_x_1) ;
+                /*0040*/               @P1 BRA `(.L_x_2) ;
+                /*0050*/               @P2 BRA `(.L_x_0) ;
+        .L_x_2:
+                /*0060*/                   EXIT ;
+    """
+    assert loops(code, at_least=1) == [3]
+    assert loops(code, at_least=4) == []
 
 
 @pytest.mark.slow
