@@ -2,7 +2,7 @@
 
     TRITON_INTERPRET=0 python -m tests.kernels.ahead_of_time.loops 90 attention fp16_table
 
-compiles a case of an op for an architecture, and prints a line for each kernel, with its loops in the order of the code.
+compiles a case of an op for an architecture, and prints a line for each kernel: its loops, in order.
 Instructions of one warp for one pass; how long they take, and what runs beside, only a device says.
 """
 
@@ -36,10 +36,12 @@ def loops(code: str, *, at_least: int = 40) -> list[int]:
                 jumps.append((count, jump[1]))
             count += 1
     spans = [(labels[label], end) for end, label in jumps if labels.get(label, count) <= end]
-    inner = [
-        span for span in spans if not any(other != span and span[0] <= other[0] <= other[1] <= span[1] for other in spans)
-    ]
-    return [end - begin + 1 for begin, end in sorted(inner) if end - begin + 1 >= at_least]
+    inner = sorted(span for span in spans if not any(_holds(span, other) for other in spans))
+    return [end - begin + 1 for begin, end in inner if end - begin + 1 >= at_least]
+
+
+def _holds(span: tuple[int, int], other: tuple[int, int]) -> bool:
+    return other != span and span[0] <= other[0] and other[1] <= span[1]
 
 
 def disassembled(cubin: bytes) -> str:
