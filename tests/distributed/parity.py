@@ -83,6 +83,8 @@ def task_params() -> Translation.Params:
             num_layers=2,
             num_heads=4,
             hidden_dim=64,
+            # With relu rounding would decide whether a unit that is nearly zero lets a gradient through.
+            activation="gelu",
             dropout=0.1,
             attention_dropout=0.1,
             activation_dropout=0.1,

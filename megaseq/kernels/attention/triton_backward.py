@@ -44,6 +44,20 @@ def _add_diagonals(PARTS, ds, corner, BLOCK_M: tl.constexpr, BLOCK_N: tl.constex
 
 
 @triton.jit
+def _of_rows(LOG_SUM, OF_LOG_SUM, NEGATIVE_SUM, DELTA, o, do, rows, there):
+    """What the gradients of scores need of each query: computed, and stored for the other kernel."""
+    delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
+    if OF_LOG_SUM is not None:
+        delta -= tl.load(OF_LOG_SUM + rows, mask=there, other=0.0)
+    tl.store(DELTA + rows, delta, mask=there)
+    log_sum = tl.load(LOG_SUM + rows, mask=there, other=float("-inf"))
+    # Rows that see nothing, and those that are not there: all their weights are exp2(-inf).
+    negative_sum = tl.where(log_sum == float("-inf"), float("-inf"), log_sum * -LOG2_E)
+    tl.store(NEGATIVE_SUM + rows, negative_sum, mask=there)
+    return negative_sum, delta
+
+
+@triton.jit
 def _query_update(
     dq, left, right, tile, far_bias, q, do, negative_sum, delta, K, V, KEY_IDS, TABLE, PARTS, query_ids, slope,
     word, limit, here, beyond, threshold, inverse_kept, start, m, column, k_ss, v_ss, S, shift, low, high,
@@ -134,14 +148,7 @@ def attention_backward_query(
     do = load_tile(do_rows, m, T, column, HEAD, BLOCK_D, False)
     o = load_tile(OUTPUT + place, m, T, column, HEAD, BLOCK_D, False)
     rows = head_row.to(tl.int64) * T + m
-    delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
-    if OF_LOG_SUM is not None:
-        delta -= tl.load(OF_LOG_SUM + rows, mask=m < T, other=0.0)
-    tl.store(DELTA + rows, delta, mask=m < T)
-    log_sum = tl.load(LOG_SUM + rows, mask=m < T, other=float("-inf"))
-    # Rows that see nothing, and those that are not there: all their weights are exp2(-inf).
-    negative_sum = tl.where(log_sum == float("-inf"), float("-inf"), log_sum * -LOG2_E)
-    tl.store(NEGATIVE_SUM + rows, negative_sum, mask=m < T)
+    negative_sum, delta = _of_rows(LOG_SUM, OF_LOG_SUM, NEGATIVE_SUM, DELTA, o, do, rows, m < T)
     K += b * k_sb + (h // GROUP).to(tl.int64) * k_sn + lanes[:, None] * k_ss + column[None, :]
     V += b * v_sb + (h // GROUP).to(tl.int64) * v_sn + lanes[:, None] * v_ss + column[None, :]
     query_ids = 0

@@ -100,12 +100,13 @@ class KeyValueCache:
 
 
 def check_pages(pages: Tensor, *, count: int) -> None:
-    """Checks that entries of a table name pages of a cache of `count`; an accelerator's nobody sees without waiting.
+    """Checks that entries of a table in host memory name pages of a cache of `count`; an accelerator's nobody sees
+    without waiting.
 
     Raises:
-        KernelError: if one in host memory does not.
+        KernelError: if one does not.
     """
-    if pages.device.type != "cpu" or not pages.numel():
+    if not pages.numel():
         return
     low, high = (int(bound) for bound in torch.aminmax(pages))
     if low < 0 or high >= count:
