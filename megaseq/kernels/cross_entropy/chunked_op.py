@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from megaseq.kernels.cross_entropy.chunked import compute_dtype, sums_of
+from megaseq.kernels.cross_entropy.operator import call, gradients, remember, settings_of
 from megaseq.kernels.cross_entropy.settings import CrossEntropy, LossSums
 
 
@@ -15,13 +14,15 @@ def as_operator(
     hidden: Tensor, *, weight: Tensor, bias: Tensor | None, labels: Tensor, weights: Tensor, settings: CrossEntropy
 ) -> LossSums:
     """`chunked_cross_entropy` of a whole vocabulary as one operator."""
-    tensors = hidden.to(compute_dtype(hidden)), weight, bias
-    graded = torch.is_grad_enabled()
-    wanted = [graded and tensor is not None and tensor.requires_grad for tensor in tensors]
-    numbers = [settings.label_smoothing, settings.z_loss, settings.scale, settings.soft_cap or 0.0]
-    sums: Tensor = chunked_cross_entropy_op(*tensors, labels, weights, numbers, settings.chunk or 0, wanted)[0]
-    loss, *others = sums.unbind()
-    return LossSums(loss, *(other.detach() for other in others))
+    return call(
+        chunked_cross_entropy_op,
+        hidden.to(compute_dtype(hidden)),
+        weight=weight,
+        bias=bias,
+        labels=labels,
+        weights=weights,
+        settings=settings,
+    )
 
 
 @torch.library.custom_op("megaseq::chunked_cross_entropy", mutates_args=())
@@ -47,14 +48,13 @@ def chunked_cross_entropy_op(
         chunk: tokens of a chunk; 0: chosen here.
         wanted: for hidden, weight, bias.
     """
-    smoothing, z_loss, scale, soft_cap = numbers
     sums, places = sums_of(
         hidden,
         weight=weight,
         bias=bias,
         labels=labels,
         weights=weights,
-        settings=CrossEntropy(smoothing, z_loss, scale, soft_cap or None, chunk or None),
+        settings=settings_of(numbers, chunk),
         vocabulary=None,
         wanted=(wanted[0], wanted[1], wanted[2]),
     )
@@ -86,21 +86,4 @@ def _(
     return (hidden.new_empty(5, dtype=precise), *made)
 
 
-def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    gradients = output[1:]
-    ctx.mark_non_differentiable(*gradients)
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*gradients)
-    ctx.dtypes = tuple(None if tensor is None else tensor.dtype for tensor in inputs[:3])
-
-
-def _gradients(ctx: Any, of_sums: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
-    found: list[Tensor | None] = [None, None, None]
-    if of_sums is not None:
-        for index, gradient in enumerate(ctx.saved_tensors):
-            if ctx.needs_input_grad[index]:
-                found[index] = (gradient * of_sums[0]).to(ctx.dtypes[index])
-    return (*found, None, None, None, None, None)
-
-
-chunked_cross_entropy_op.register_autograd(_gradients, setup_context=_remember)
+chunked_cross_entropy_op.register_autograd(gradients, setup_context=remember)

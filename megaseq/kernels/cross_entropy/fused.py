@@ -14,6 +14,15 @@ import torch
 from torch import Tensor
 
 from megaseq.kernels.cross_entropy.configs import BUDGET, memory_budget, tokens_of_chunk
+from megaseq.kernels.cross_entropy.operator import (
+    Wanted,
+    call,
+    gradients,
+    loss_sums,
+    remember,
+    settings_of,
+    wanted_of,
+)
 from megaseq.kernels.cross_entropy.settings import CrossEntropy, LossSums, VocabularyShare
 from megaseq.kernels.functions import apply_many
 
@@ -26,9 +35,6 @@ is as much."""
 
 ROW_MULTIPLE = 16
 """Of the distance of two rows of logits: an odd vocabulary would make all kernels read number by number."""
-
-Wanted = tuple[bool, bool, bool]
-"""Whether there is to be a gradient of hidden states, weight and bias."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +77,7 @@ def linear_cross_entropy_op(
         bias=bias,
         labels=labels,
         weights=weights,
-        settings=_settings(numbers, chunk),
+        settings=settings_of(numbers, chunk),
         vocabulary=None,
         wanted=(wanted[0], wanted[1], wanted[2]),
     )
@@ -90,30 +96,12 @@ def _(
     wanted: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     made = _outputs(
-        hidden, weight=weight, bias=bias, settings=_settings(numbers, chunk), vocabulary=None, wanted=tuple(wanted)
+        hidden, weight=weight, bias=bias, settings=settings_of(numbers, chunk), vocabulary=None, wanted=tuple(wanted)
     )
     return made.sums, made.hidden, made.weight, made.bias
 
 
-def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    hidden, weight, bias, *_ = inputs
-    gradients = output[1:]
-    ctx.mark_non_differentiable(*gradients)
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*gradients)
-    ctx.dtypes = hidden.dtype, weight.dtype, None if bias is None else bias.dtype
-
-
-def _gradients(ctx: Any, of_sums: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
-    found: list[Tensor | None] = [None, None, None]
-    if of_sums is not None:
-        for index, gradient in enumerate(ctx.saved_tensors):
-            if ctx.needs_input_grad[index]:
-                found[index] = (gradient * of_sums[0]).to(ctx.dtypes[index])
-    return (*found, None, None, None, None, None)
-
-
-linear_cross_entropy_op.register_autograd(_gradients, setup_context=_remember)
+linear_cross_entropy_op.register_autograd(gradients, setup_context=remember)
 
 
 def fused_cross_entropy(
@@ -131,16 +119,19 @@ def fused_cross_entropy(
     if torch.is_autocast_enabled(hidden.device.type):
         compute = torch.get_autocast_dtype(hidden.device.type)
     # Cast outside of the op, so that the gradient of a float32 weight is summed and left in float32 all the same.
-    tensors = hidden.to(compute), weight, bias
-    graded = torch.is_grad_enabled()
-    wanted = [graded and tensor is not None and tensor.requires_grad for tensor in tensors]
-    if vocabulary is not None:
-        sums: Tensor = apply_many(_Shared, *tensors, labels, weights, settings, vocabulary, tuple(wanted))[0]
-    else:
-        numbers = [settings.label_smoothing, settings.z_loss, settings.scale, settings.soft_cap or 0.0]
-        sums = linear_cross_entropy_op(*tensors, labels, weights, numbers, settings.chunk or 0, wanted)[0]
-    loss, *others = sums.unbind()
-    return LossSums(loss, *(other.detach() for other in others))
+    hidden = hidden.to(compute)
+    if vocabulary is None:
+        return call(
+            linear_cross_entropy_op,
+            hidden,
+            weight=weight,
+            bias=bias,
+            labels=labels,
+            weights=weights,
+            settings=settings,
+        )
+    wanted = wanted_of(hidden, weight, bias)
+    return loss_sums(apply_many(_Shared, hidden, weight, bias, labels, weights, settings, vocabulary, wanted)[0])
 
 
 class _Shared(torch.autograd.Function):
@@ -169,20 +160,13 @@ class _Shared(torch.autograd.Function):
             wanted=wanted,
         )
         output = made.sums, made.hidden, made.weight, made.bias
-        _remember(ctx, (hidden, weight, bias), output)
+        remember(ctx, (hidden, weight, bias), output)
         return output
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        return _gradients(ctx, *gradients)
-
-
-def _settings(numbers: list[float], chunk: int) -> CrossEntropy:
-    smoothing, z_loss, scale, soft_cap = numbers
-    return CrossEntropy(
-        label_smoothing=smoothing, z_loss=z_loss, scale=scale, soft_cap=soft_cap or None, chunk=chunk or None
-    )
+    def backward(ctx: Any, *of_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        return gradients(ctx, *of_outputs)
 
 
 def _chunk(hidden: Tensor, *, num_classes: int, settings: CrossEntropy, vocabulary: VocabularyShare | None) -> int:
