@@ -9,19 +9,13 @@ from __future__ import annotations
 import torch
 
 from megaseq.kernels.attention import bias_table
-from megaseq.kernels.dropout import reference as dropout
+from megaseq.kernels.dropout.triton_kernels import HIGH_STRIDE, STRIDE, hash_of, mixed_high, plus, times
 from megaseq.kernels.triton_runtime import interpreted, tl, triton
 
 LOG2_E = tl.constexpr(bias_table.LOG2_E)
 LN_2 = tl.constexpr(0.6931471805599453)
 NEVER = tl.constexpr(1 << 30)
 TABLE_PAD = tl.constexpr(bias_table.TABLE_PAD)
-_STRIDE = tl.constexpr(dropout.STRIDE)
-_FIRST = tl.constexpr(dropout.FIRST_MULTIPLIER)
-_SECOND = tl.constexpr(dropout.SECOND_MULTIPLIER)
-_HIGH_STRIDE = tl.constexpr(dropout.HIGH_STRIDE)
-_FIRST_HIGH = tl.constexpr(dropout.FIRST_HIGH_MULTIPLIER)
-_SECOND_HIGH = tl.constexpr(dropout.SECOND_HIGH_MULTIPLIER)
 _PTX = tl.constexpr(not interpreted() and torch.version.hip is None)
 
 
@@ -177,15 +171,6 @@ def sees(m, n, query_ids, key_ids, shift, low, high, S, HAS_IDS: tl.constexpr, L
 
 
 @triton.jit
-def _high_word(word):
-    word = (word ^ (word >> 16)).to(tl.uint32)
-    word = tl.mul(word, _FIRST_HIGH, sanitize_overflow=False)
-    word = word ^ (word >> 13)
-    word = tl.mul(word, _SECOND_HIGH, sanitize_overflow=False)
-    return word ^ (word >> 16)
-
-
-@triton.jit
 def dropout_rows(RUNS, row, there, S, key, offset, run_rows, WRAPS: tl.constexpr):
     """What dropout's hashes need of rows [R] of weights, numbered among [B, N, T]: (low words, highest column whose low
     word does not wrap, what the high word adds up to there and beyond), uint32 [R] each. Without WRAPS the high word is
@@ -194,23 +179,19 @@ def dropout_rows(RUNS, row, there, S, key, offset, run_rows, WRAPS: tl.constexpr
     key_high = ((key >> 32) & 0xFFFFFFFF).to(tl.uint32)
     key_low = (key & 0xFFFFFFFF).to(tl.uint32)
     if not WRAPS:
-        low = tl.mul(row.to(tl.uint32), S.to(tl.uint32), sanitize_overflow=False)
-        low = tl.add(low, (offset.to(tl.int64) & 0xFFFFFFFF).to(tl.uint32), sanitize_overflow=False)
-        word = tl.add(tl.mul(low, _STRIDE, sanitize_overflow=False), key_low, sanitize_overflow=False)
-        high = ((offset.to(tl.int64) >> 32) & 0xFFFFFFFF).to(tl.uint32)
-        high = tl.mul(high, _HIGH_STRIDE, sanitize_overflow=False)
-        here = _high_word(tl.add(high, key_high, sanitize_overflow=False)) + tl.zeros_like(word)
+        low = plus(times(row.to(tl.uint32), S.to(tl.uint32)), (offset.to(tl.int64) & 0xFFFFFFFF).to(tl.uint32))
+        word = plus(times(low, STRIDE), key_low)
+        high = times(((offset.to(tl.int64) >> 32) & 0xFFFFFFFF).to(tl.uint32), HIGH_STRIDE)
+        here = mixed_high(plus(high, key_high)) + tl.zeros_like(word)
         return word, ~low, here, here
     if RUNS is not None:
         start = tl.load(RUNS + row // run_rows, mask=there, other=0) + (row % run_rows) * S
     else:
         start = offset + row * S
     low = (start & 0xFFFFFFFF).to(tl.uint32)
-    high = tl.mul(((start >> 32) & 0xFFFFFFFF).to(tl.uint32), _HIGH_STRIDE, sanitize_overflow=False)
-    here = tl.add(high, key_high, sanitize_overflow=False)
-    beyond = tl.add(here, _HIGH_STRIDE, sanitize_overflow=False)
-    word = tl.add(tl.mul(low, _STRIDE, sanitize_overflow=False), key_low, sanitize_overflow=False)
-    return word, ~low, _high_word(here), _high_word(beyond)
+    here = plus(times(((start >> 32) & 0xFFFFFFFF).to(tl.uint32), HIGH_STRIDE), key_high)
+    word = plus(times(low, STRIDE), key_low)
+    return word, ~low, mixed_high(here), mixed_high(plus(here, HIGH_STRIDE))
 
 
 @triton.jit
@@ -218,10 +199,5 @@ def kept_of(word, limit, here, beyond, n, threshold, WRAPS: tl.constexpr):
     """Which weights of a tile dropout keeps; all but the threshold broadcast to it. The formula is in
     megaseq/csrc/dropout.h; without WRAPS no row has a number whose low word wraps."""
     column = n.to(tl.uint32)
-    h = tl.add(word, tl.mul(column, _STRIDE, sanitize_overflow=False), sanitize_overflow=False)
     high = tl.where(column > limit, beyond, here) if WRAPS else here
-    h = h ^ (h >> 16) ^ high
-    h = tl.mul(h, _FIRST, sanitize_overflow=False)
-    h = h ^ (h >> 15)
-    h = tl.mul(h, _SECOND, sanitize_overflow=False)
-    return h >= threshold
+    return hash_of(plus(word, times(column, STRIDE)), high) >= threshold

@@ -18,26 +18,38 @@ HIGH_STRIDE = tl.constexpr(reference.HIGH_STRIDE)
 
 
 @triton.jit
-def _times(word, factor):
+def times(word, factor):
     """The low 32 bits of a product; that it wraps is meant."""
     return tl.mul(word, factor, sanitize_overflow=False)
 
 
 @triton.jit
-def _plus(word, other):
+def plus(word, other):
     """The low 32 bits of a sum."""
     return tl.add(word, other, sanitize_overflow=False)
 
 
 @triton.jit
+def mixed_high(high):
+    """What 2^32 elements have in common: `high` is the key's high word plus the stride times that of the index."""
+    high = times(high ^ (high >> 16), FIRST_HIGH_MULTIPLIER)
+    high = times(high ^ (high >> 13), SECOND_HIGH_MULTIPLIER)
+    return high ^ (high >> 16)
+
+
+@triton.jit
+def hash_of(word, high):
+    """The hash: `word` is the key's low word plus the stride times that of the index, `high` as of `mixed_high`."""
+    word = times(word ^ (word >> 16) ^ high, FIRST_MULTIPLIER)
+    return times(word ^ (word >> 15), SECOND_MULTIPLIER)
+
+
+@triton.jit
 def hashes(index, key_low, key_high):
     """The 32-bit hash of each of the elements `index` (int64); the halves of the key are int32, by their bits."""
-    high = _plus(_times((index >> 32).to(tl.uint32), HIGH_STRIDE), key_high.to(tl.uint32, bitcast=True))
-    high = _times(high ^ (high >> 16), FIRST_HIGH_MULTIPLIER)
-    high = _times(high ^ (high >> 13), SECOND_HIGH_MULTIPLIER)
-    word = _plus(_times(index.to(tl.uint32), STRIDE), key_low.to(tl.uint32, bitcast=True))
-    word = _times(word ^ (word >> 16) ^ (high ^ (high >> 16)), FIRST_MULTIPLIER)
-    return _times(word ^ (word >> 15), SECOND_MULTIPLIER)
+    high = plus(times((index >> 32).to(tl.uint32), HIGH_STRIDE), key_high.to(tl.uint32, bitcast=True))
+    word = plus(times(index.to(tl.uint32), STRIDE), key_low.to(tl.uint32, bitcast=True))
+    return hash_of(word, mixed_high(high))
 
 
 @triton.jit(do_not_specialize=["start", "key_low", "key_high", "threshold"])

@@ -237,7 +237,7 @@ def test_sums_of_a_wide_table_share_rows(device: torch.device, monkeypatch: pyte
     compare(BY_NAME["table_packed_causal"], device=device, dtype=torch.float32, monkeypatch=monkeypatch)
 
 
-@pytest.mark.skipif(triton_runtime.interpreted() is False, reason="a GPU runs the instruction itself")
+@pytest.mark.skipif(not triton_runtime.interpreted(), reason="a GPU runs the instruction itself")
 def test_biases_by_the_instruction(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     """A GPU loads biases by an instruction that the interpreter does not know: from the same addresses."""
     from megaseq.kernels.attention import triton_parts
