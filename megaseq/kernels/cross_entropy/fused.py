@@ -130,7 +130,7 @@ def fused_cross_entropy(
             weights=weights,
             settings=settings,
         )
-    wanted = wanted_of(hidden, weight, bias)
+    wanted = wanted_of(hidden, weight=weight, bias=bias)
     return loss_sums(apply_many(_Shared, hidden, weight, bias, labels, weights, settings, vocabulary, wanted)[0])
 
 

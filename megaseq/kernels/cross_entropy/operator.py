@@ -14,7 +14,7 @@ Wanted = tuple[bool, bool, bool]
 """Whether there is to be a gradient of hidden states, weight and bias."""
 
 
-def wanted_of(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Wanted:
+def wanted_of(hidden: Tensor, *, weight: Tensor, bias: Tensor | None) -> Wanted:
     """Which gradients a call wants."""
     graded = torch.is_grad_enabled()
     return (
@@ -36,7 +36,7 @@ def call(
 ) -> LossSums:
     """Calls an operator, whose first output is the sums [5]; shapes as of `linear_cross_entropy`."""
     numbers = [settings.label_smoothing, settings.z_loss, settings.scale, settings.soft_cap or 0.0]
-    wanted = list(wanted_of(hidden, weight, bias))
+    wanted = list(wanted_of(hidden, weight=weight, bias=bias))
     return loss_sums(operator(hidden, weight, bias, labels, weights, numbers, settings.chunk or 0, wanted)[0])
 
 
