@@ -151,10 +151,14 @@ def _torch_norm(x: Tensor, *, weight: Tensor, bias: Tensor | None, kind: NormKin
 
 
 def _mixed_layer_norm(x: Tensor, *, weight: Tensor, bias: Tensor | None, kind: NormKind) -> Tensor:
-    """Where weight or bias have another dtype than `x`: torch takes float32 beside a narrower `x` in host memory."""
+    """Where weight or bias have another dtype than `x`: torch takes float32 beside a narrower `x` in host memory.
+
+    Without values too, where memory is what is asked for: there, and with a kernel of Triton, a norm keeps no copy of
+    its input in float32, as the reference does.
+    """
     _check(x, weight=weight, bias=bias, residual=None, op=_OP)
     wide = all(tensor is None or tensor.dtype is torch.float32 for tensor in (weight, bias))
-    if x.is_cpu and wide and x.dtype in (torch.bfloat16, torch.float16):
+    if (x.is_cpu or x.is_meta) and wide and x.dtype in (torch.bfloat16, torch.float16):
         return torch.layer_norm(x, x.shape[-1:], weight + 1.0 if kind.add_one else weight, bias, kind.eps)
     return reference_norm(x, weight=weight, bias=bias, kind=kind)
 

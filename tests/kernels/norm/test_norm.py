@@ -58,6 +58,26 @@ def test_in_host_memory_it_is_torchs_bit_by_bit(kind: NormKind, dtype: torch.dty
     assert torch.equal(norm(x, weight=weight, bias=bias if kind.centred else None, kind=kind), expected)
 
 
+@pytest.mark.parametrize("kind", [LAYER, RMS])
+def test_a_tensor_without_values_keeps_what_one_in_host_memory_does(kind: NormKind) -> None:
+    """The memory planner reads there what a step keeps: bfloat16 beside weights in float32 too."""
+
+    def kept(device: str) -> list[tuple[torch.dtype, torch.Size]]:
+        x = torch.randn(50, 30, dtype=torch.bfloat16, device=device, requires_grad=True)
+        weight, bias = torch.ones(30, device=device), torch.zeros(30, device=device)
+        found: list[tuple[torch.dtype, torch.Size]] = []
+
+        def note(tensor: Tensor) -> Tensor:
+            found.append((tensor.dtype, tensor.shape))
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            norm(x, weight=weight, bias=bias if kind.centred else None, kind=kind)
+        return found
+
+    assert kept("meta") == kept("cpu") != []
+
+
 @pytest.mark.parametrize("kind", [LAYER, RMS, NormKind(1e-6, add_one=True)])
 @pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize("directed", [False, True])
