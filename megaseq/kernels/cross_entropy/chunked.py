@@ -29,6 +29,8 @@ MIN_CHUNK, MAX_CHUNK = 128, 1024
 STEEP = 60.0
 """How far below a row's highest its logits lie at most, in the softmax: probabilities of 1e-26 stand for those below,
 whose products would be numbers that processors take a hundred times as long for (subnormal ones)."""
+SAMPLE = 16
+"""One row in so many is looked at for such logits; where it has none, the chunk is spared a pass over its logits."""
 
 
 def chunked_cross_entropy(
@@ -254,7 +256,7 @@ def _chunk(
     column, here = labels[:, None], None
     if head.vocabulary is None:
         top, of_label = logits.amax(dim=-1), logits.gather(1, column)[:, 0].to(precise)
-        if settings.soft_cap is None:
+        if settings.soft_cap is None and _is_steep(logits, top=top):
             torch.maximum(logits, (top - STEEP)[:, None], out=logits)
         torch.softmax(logits, dim=-1, dtype=precise, out=probabilities)
         # The highest probability is at least 1 / V, so its logarithm is exact where that of the label could underflow.
@@ -295,6 +297,11 @@ def _chunk(
         sums=sums,
         place=place,
     )
+
+
+def _is_steep(logits: Tensor, *, top: Tensor) -> bool:
+    """Whether rows of logits [n, V] with the highest of each, `top` [n], reach further down than `STEEP`, by a sample."""
+    return bool((top[::SAMPLE] - logits[::SAMPLE].amin(dim=-1) > STEEP).any())
 
 
 def _columns_here(column: Tensor, *, vocabulary: VocabularyShare, count: int) -> tuple[Tensor, Tensor]:
