@@ -300,7 +300,7 @@ def _chunk(
 
 
 def _is_steep(logits: Tensor, *, top: Tensor) -> bool:
-    """Whether rows of logits [n, V] with the highest of each, `top` [n], reach further down than `STEEP`, by a sample."""
+    """Whether some row of a sample of logits [n, V], each row's highest in `top` [n], is steeper than `STEEP`."""
     return bool((top[::SAMPLE] - logits[::SAMPLE].amin(dim=-1) > STEEP).any())
 
 
