@@ -153,8 +153,8 @@ def _torch_norm(x: Tensor, *, weight: Tensor, bias: Tensor | None, kind: NormKin
 def _mixed_layer_norm(x: Tensor, *, weight: Tensor, bias: Tensor | None, kind: NormKind) -> Tensor:
     """Where weight or bias have another dtype than `x`: torch takes float32 beside a narrower `x` in host memory.
 
-    Without values too, where memory is what is asked for: there, and with a kernel of Triton, a norm keeps no copy of
-    its input in float32, as the reference does.
+    It does so without values too, where the memory planner reads what is kept: the reference would keep a copy of the
+    input in float32, which neither torch nor our kernel does.
     """
     _check(x, weight=weight, bias=bias, residual=None, op=_OP)
     wide = all(tensor is None or tensor.dtype is torch.float32 for tensor in (weight, bias))

@@ -128,6 +128,15 @@ def test_steep_logits_leave_no_subnormal_numbers(variant: CrossEntropy) -> None:
         assert not ((have != 0) & (have.abs() < torch.finfo(torch.float32).tiny)).any()
 
 
+@pytest.mark.parametrize(("factor", "times"), [(0.1, 0), (10.0, 1)])
+def test_only_steep_logits_cost_a_pass_that_bounds_them(factor: float, times: int) -> None:
+    arguments = tensors(count=48, width=16, classes=300, dtype=torch.float32)
+    arguments["weight"] = torch.randn(300, 16, generator=torch.Generator().manual_seed(0)) * factor
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+        chunked_cross_entropy(**arguments, settings=CrossEntropy())
+    assert sum(event.count for event in profiler.key_averages() if event.key == "aten::maximum") == times
+
+
 @pytest.mark.parametrize(("count", "implementation"), [(8, "reference"), (9, "chunked")])
 def test_few_tokens_in_host_memory_are_not_done_by_chunks(
     count: int, implementation: str, monkeypatch: pytest.MonkeyPatch
