@@ -172,8 +172,8 @@ def timed(steps: Iterator[tuple[float, float]], *, seconds: float) -> dict[str, 
     return {"tokens_per_second": tokens / elapsed, "tokens_per_cpu_second": tokens / cpu, "steps": count, "loss": loss}
 
 
-def train_megaseq(arguments: argparse.Namespace) -> dict[str, float]:
-    """Trains with megaseq's engine and input."""
+def megaseq_steps(arguments: argparse.Namespace) -> Iterator[tuple[float, float]]:
+    """Trains with megaseq's engine and input; yields target tokens and loss a token of each step."""
     from megaseq.data.input import Input
     from megaseq.data.packing import Packing
     from megaseq.data.source import ParallelText
@@ -225,14 +225,17 @@ def train_megaseq(arguments: argparse.Namespace) -> dict[str, float]:
         precision=params.train.precision,
     )
 
-    def steps() -> Iterator[tuple[float, float]]:
-        for step, batch in enumerate(batches):
-            result = engine.train_step(batch, step=step)
-            yield result.weight, result.loss_sum / result.weight
+    for step, batch in enumerate(batches):
+        result = engine.train_step(batch, step=step)
+        yield result.weight, result.loss_sum / result.weight
 
+
+def train_megaseq(arguments: argparse.Namespace) -> dict[str, float]:
+    """Times megaseq's steps."""
+    steps = megaseq_steps(arguments)
     if arguments.profile:
-        profile(steps())
-    return timed(steps(), seconds=arguments.seconds)
+        profile(steps)
+    return timed(steps, seconds=arguments.seconds)
 
 
 def vocabulary_params() -> Any:

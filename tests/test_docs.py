@@ -28,6 +28,7 @@ SHRUNK_RUN = [
 """Put behind every `megaseq train`; the last value of a param on a command line counts."""
 SHRUNK_BENCHMARKS = {
     "train_cpu.py": ["--seconds", "1", "--rounds", "1", "--tokens", "256", "--precision", "fp32"],
+    "before_after.py": ["--before", str(ROOT), "--python", sys.executable, "--steps", "2", "--tokens", "256"],
     "decode_cpu.py": ["--sources", "4", "--batch-sizes", "2", "--repeats", "1"],
     "decode_gpu.py": [
         "--batch-sizes",
