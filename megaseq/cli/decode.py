@@ -87,7 +87,8 @@ def _open_output(name: str) -> IO[str]:
         return Path(name).open("w", encoding="utf-8")
     except OSError as error:
         reason = error.strerror or str(error)
-        raise must(f"--output {name}", "be a file that can be written", AsText(reason), "Choose another") from None
+        value = AsText(f"not ({reason})")
+        raise must(f"--output {name}", "be a file that can be written", value, "Choose another") from None
 
 
 def _lines(name: str) -> Iterator[str]:
@@ -101,7 +102,8 @@ def _lines(name: str) -> Iterator[str]:
         stream = sys.stdin.buffer if name == "-" else Path(name).open("rb")  # noqa: SIM115
     except OSError as error:
         reason = error.strerror or str(error)
-        raise must(f"--input {name}", "be a readable file", AsText(reason), "Check the path", kind=DataError) from None
+        value = AsText(f"not ({reason})")
+        raise must(f"--input {name}", "be a readable file", value, "Check the path", kind=DataError) from None
     with stream:
         for number, line in enumerate(stream, start=1):
             try:

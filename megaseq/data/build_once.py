@@ -45,7 +45,7 @@ def build_once(directory: Path, *, build: Callable[[Path], None], what: str) -> 
             raise
         reason = error.strerror or str(error)
         rule = f"be writable, to keep the {what}"
-        raise data_error(str(directory.parent), rule, reason, "Make room or set another cache_dir") from None
+        raise data_error(str(directory.parent), rule, f"not ({reason})", "Make room or set another cache_dir") from None
     return directory
 
 

@@ -60,7 +60,7 @@ class LineReader:
         try:
             self._file = gzip.open(path, "rb") if path.endswith(".gz") else open(path, "rb")  # noqa: SIM115
         except OSError as error:
-            raise data_error(path, "be readable", error.strerror or str(error), "Check the file") from None
+            raise data_error(path, "be readable", f"not ({error.strerror or error})", "Check the file") from None
 
     def __enter__(self) -> LineReader:
         return self

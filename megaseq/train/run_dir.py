@@ -125,7 +125,7 @@ class RunDirectory:
             raise must(
                 f"--run-dir {self.path}",
                 "be a directory that can be written",
-                AsText(reason),
+                AsText(f"not ({reason})"),
                 "Choose another",
                 kind=TrainingError,
             ) from None

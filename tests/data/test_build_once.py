@@ -118,5 +118,5 @@ def test_a_place_that_cannot_be_written(tmp_path: Path) -> None:
     def build(temporary: Path) -> None:
         raise PermissionError(13, "Permission denied")
 
-    with pytest.raises(DataError, match="must be writable, to keep the thing, but is Permission denied"):
+    with pytest.raises(DataError, match=r"must be writable, to keep the thing, but is not \(Permission denied"):
         build_once(tmp_path / "it", build=build, what="thing")

@@ -199,4 +199,4 @@ def read_file(path: str, *, data_dir: str) -> bytes:
         return full.read_bytes()
     except OSError as error:
         reason = error.strerror or str(error)
-        raise data_error(str(full), "be a readable file", reason, "Check the path and data_dir") from None
+        raise data_error(str(full), "be a readable file", f"not ({reason})", "Check the path and data_dir") from None

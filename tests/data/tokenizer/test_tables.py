@@ -125,7 +125,7 @@ def test_bad_vocabulary_files(tmp_path: Path, text: bytes, message: str) -> None
 
 
 def test_missing_files(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"none\.txt: must be a readable file, but is No such file"):
+    with pytest.raises(DataError, match=r"none\.txt: must be a readable file, but is not \(No such file"):
         build(VocabularyFile.Params(path=str(tmp_path / "none.txt")))
     with pytest.raises(DataError, match=r"Characters: must come with the file vocabulary\.txt, but is given no files"):
         Characters.Params().instantiate(files={})
